@@ -75,6 +75,7 @@ setuptools.setup(
     "cuda13": _jax("[cuda13]"),
     "tpu": _jax("[tpu]"),
     "wandb": ["wandb>=0.19"],
+    "gcs": ["gcsfs>=2025.2"],  # Workdirs on gs://.
     "hf": ["torch>=2.6", "transformers>=5"],
     # Brings torch, and PyAV below 16.
     # It patches a module that filelock 4 does not have any more.
@@ -82,6 +83,7 @@ setuptools.setup(
     "docs": ["furo>=2025.7", "myst-nb>=1.3", "sphinx>=8.2"],
     "dev": [
       "wandb>=0.19",
+      "fsspec>=2025.2",
       "import-linter>=2.1",
       "ipykernel>=6",
       "nbclient>=0.10",

@@ -79,11 +79,21 @@ _METHOD = dict(
     start=0.02,
     low=0.125,
     high=0.875,
+    # (low, high), with adaptive=False: each video is trained at one of the
+    # rungs in it, drawn evenly. For policies of all budgets, see
+    # `policy.budget_embedding`.
+    range=(),
   ),
   objective=dict(module="", clip_low=0.2, clip_high=0.28, kl_weight=0.0),
-  # `init` is a safetensors file to start from.
+  # `init` is a safetensors file to start from. With `budget_embedding`, such as
+  # 4, scores depend on the retention ratio, through so many waves of it.
   policy=dict(
-    module="", dtype="bfloat16", num_halvings=4, backend="auto", init=""
+    module="",
+    dtype="bfloat16",
+    num_halvings=4,
+    backend="auto",
+    budget_embedding=0,
+    init="",
   ),
   optimizer=dict(
     lr_heads=1e-6,
@@ -112,7 +122,15 @@ _METHOD = dict(
   # cache; `backend` is that of attention: auto, xla, cudnn or splash. `layers`
   # are arrays of their own ("separate", which GPUs copy less of), or "stacked";
   # "auto" stacks them on CPU and where the weights are below 1 GB.
-  model=dict(path="", dtype="bfloat16", backend="auto", layers="auto"),
+  # `outer_vision_tags`, of Qwen3-VL, keeps the marks around a whole clip in its
+  # prompts, as transformers does since 5.10; 4.57 did not.
+  model=dict(
+    path="",
+    dtype="bfloat16",
+    backend="auto",
+    layers="auto",
+    outer_vision_tags=False,
+  ),  # fmt: skip
 )
 
 # Where questions and clips are, and how they are read.
@@ -139,11 +157,14 @@ _DATA = dict(
   # Clips are refused of whose frames shown a larger share cannot be decoded.
   max_replaced=0.8,
   num_frames=32,
+  # A rule of `data.frames`; "public_linspace_1fps" shows fewer of short clips.
   frame_rule="eval_linspace",
-  # For models whose token grid follows the frames' shape (Qwen2.5-VL): pixels
-  # of a frame, 0 for the checkpoint's own limits; and sizes that programs are
-  # compiled for, (temporal patches, tokens of one) or with a third number, all
-  # tokens; empty for two that follow from the pixels.
+  # For models whose token grid follows the frames' shape: pixels of a frame
+  # (Qwen2.5-VL) or of a whole clip (Qwen3-VL), 0 for the checkpoint's own
+  # limits; and, of these and of rules that show fewer frames of short clips,
+  # sizes that programs are compiled for, (temporal patches, tokens of one) or
+  # with a third number, all tokens; empty for what follows from the pixels and
+  # `num_frames`.
   min_pixels=0,
   max_pixels=0,
   buckets=(),
@@ -154,7 +175,8 @@ _DATA = dict(
   # of the last `memory_items` clips.
   feature_cache="",
   memory_items=256,
-  num_threads=2,  # Threads, or else processes, that load clips ahead.
+  # Threads, or else processes, that load clips ahead; of evaluations threads.
+  num_threads=2,
   num_workers=0,
   # Clips are decoded by "workers", processes of their own that a bad one may
   # crash or hang, or "in_process".
@@ -172,7 +194,8 @@ _PREPARE = dict(
   # Whether decisive.jsonl is kept, the tokens that answers rest on: of the
   # embedded base model's grid, so that other models refuse it.
   decisive=True,
-  tiny_models=(),  # Random checkpoints too: llava_onevision, qwen2_5_vl.
+  # Random checkpoints too: llava_onevision, qwen2_5_vl, qwen3_vl.
+  tiny_models=(),
   num_workers=0,  # Processes that draw and encode; 0 takes one per core.
 )
 
@@ -196,7 +219,9 @@ _EVALS = dict(
   # Without names they are policy, policy1, ...; the first is the main one.
   # Empty takes one that was trained in the workdir.
   policies=(),
-  frame_rule="eval_linspace",  # Training has `data.frame_rule`.
+  # Training has `data.frame_rule`. "eval_linspace_2fps" shows two frames a
+  # second, at least 4 and at most `data.num_frames`.
+  frame_rule="eval_linspace",
   # Rows: names of `compressors.names()`, with options as in
   # "density_peaks?scope=video", or one's own "path/file.py:function";
   # "label=name?option=value" gives a row another name.
@@ -217,6 +242,8 @@ _EVALS = dict(
   # Seeds of random draws, of the untrained policy and of other questions;
   # accuracies are means over them.
   seeds=(0,),
+  # Questions asked at once, about one clip or several of one token grid;
+  # answers do not depend on it, but for rounding.
   batch_size=8,
   max_new_tokens=0,  # Longest answer in tokens; 0 takes the benchmark's own.
   # How letters are taken from answers: "paper", "lmms-0.7.3" or "own"; empty is
@@ -237,6 +264,7 @@ _EVALS = dict(
   # Where options are chosen: "validation" or "none". Candidates are
   # "name?option=value" texts by method; last_query tries all layers even
   # if it is not listed. The best one at `select_ratio` goes to the test.
+  # Thresholds of `cacovid?size=question` are chosen there as well.
   select_on="validation",
   select_ratio=0.1,
   select_questions=200,

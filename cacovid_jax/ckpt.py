@@ -21,6 +21,7 @@ import rich.table
 from cacovid_jax import command, errors, files, schema, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax.data import left_out
+from cacovid_jax.remote import mirror as remote
 from cacovid_jax.training import checkpointing
 
 COMMAND = command.Command(__doc__, {}, config="none", num_arguments=2)
@@ -34,10 +35,11 @@ def main(args):
     raise errors.UserError(
       "usage: python -m cacovid_jax.ckpt doctor WORKDIR, or upgrade WORKDIR"
     )
-  workdir = pathlib.Path(words[1])
-  if not os.path.isdir(workdir):
-    raise errors.UserError(f"no directory {workdir}: give a workdir of a run")
-  return commands[words[0]](workdir)
+  with remote.mirrored(words[1]) as folder:
+    workdir = pathlib.Path(folder)
+    if not os.path.isdir(workdir):
+      raise errors.UserError(f"no directory {workdir}: give a workdir of a run")
+    return commands[words[0]](workdir)
 
 
 def upgrade(workdir: pathlib.Path) -> int:

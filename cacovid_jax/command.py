@@ -22,6 +22,7 @@ from cacovid_jax import (
   schema,
 )
 from cacovid_jax import config as config_lib
+from cacovid_jax.remote import store as remote
 
 _HELP = ("help", "h", "helpshort", "helpfull")
 
@@ -36,6 +37,7 @@ class Flag(NamedTuple):
   old: Sequence[str] = ()  # Earlier spellings, accepted with a hint.
   least: float | None = None  # Smallest number that is allowed.
   many: bool = False  # May be given several times: all texts, in order.
+  store: bool = False  # May be a folder on an object store.
 
   @property
   def is_switch(self) -> bool:
@@ -193,6 +195,8 @@ class Command:
       if text is None:
         raise errors.UserError(f"--{given} has no value: write --{given}=X")
       schema.fit(text, schema.Text, key=f"--{given}")
+      if not (flag and flag.store):
+        remote.refuse(text, f"--{given}")
       if flag and flag.choices and text not in flag.choices:
         raise errors.UserError(
           f"--{given}={text}: choose {' or '.join(flag.choices)}"

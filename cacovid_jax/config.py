@@ -47,7 +47,10 @@ _BEFORE = {"rouge": "public"}
 # Those of `NOT_HASHED` that earlier versions did not have.
 _NEW_GROUPS = ("blind", "prepare", "table", "tfds", "wandb")
 # Hashed where they are not the default: earlier versions did not have them.
-_NEW_KEYS = ("data.max_replaced", "optimizer.average")
+_NEW_KEYS = (
+  "data.max_replaced", "optimizer.average", "policy.budget_embedding",
+  "ratio.range",
+)  # fmt: skip
 
 
 def load(spec, overrides=(), *, fill=False):

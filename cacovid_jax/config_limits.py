@@ -10,12 +10,16 @@ from typing import Any
 import ml_collections
 
 from cacovid_jax import base_config, schema
+from cacovid_jax.remote import store as remote
 
 BACKENDS = ("auto", "xla", "cudnn", "splash")
 LAYERS = ("auto", "stacked", "separate")
 ROUGE = ("unicode", "public")  # What it counts as words.
 DTYPES = ("float32", "bfloat16")
 RULES = ("paper", "lmms-0.7.3", "own")  # Of `data.letters`, in its order.
+# Of `data.frames`: those of evaluations, and all.
+EVAL_RULES = ("eval_linspace", "train_linspace_1fps", "eval_linspace_2fps")
+FRAME_RULES = (*EVAL_RULES, "public_linspace_1fps")
 
 # Seeds of JAX have 32 bits: beyond them, two seeds would draw alike.
 _SEED = schema.within(int, 0, 2**32 - 1)
@@ -64,7 +68,7 @@ _LIMITS = (
   ),
   (schema.within(int, 0, _NEW_TOKENS), "evals.max_new_tokens"),
   (schema.within(int, 1, 2**16), "sampling.num_combinations"),
-  (schema.within(int, 0, 16), "policy.num_halvings"),
+  (schema.within(int, 0, 16), "policy.num_halvings policy.budget_embedding"),
   # Below 1, they could not be the cap of a distribution.
   (
     schema.within(float, 1, 1e9),
@@ -103,6 +107,8 @@ _LIMITS = (
   (schema.one_of("workers", "in_process"), "data.decode"),
   (schema.one_of(*ROUGE), "rouge"),
   (schema.one_of("", *RULES), "evals.rule"),
+  (schema.one_of(*FRAME_RULES), "data.frame_rule"),
+  (schema.one_of(*EVAL_RULES), "evals.frame_rule"),
   (schema.one_of("", "processor", "tokenizer"), "evals.template"),
   (schema.one_of("validation", "none"), "evals.select_on"),
   (schema.one_of("raise", "count"), "evals.on_missing"),
@@ -122,7 +128,7 @@ _LIMITS = (
     " evals.policies evals.methods evals.oracles",
   ),
   (dict[str, TEXTS], "evals.candidates"),
-  (_SHARES, "ratio.rungs evals.ratios"),
+  (_SHARES, "ratio.rungs ratio.range evals.ratios"),
   (_SIZES, "prepare.clips data.prompt_rows pretrain.packing.dense_objects"),
   (tuple[_SIZES, ...], "data.buckets"),
   (tuple[schema.Fraction, ...], "pretrain.packing.text_answer_share"),
@@ -165,4 +171,7 @@ def check(config, where="") -> None:
       value = group[leaf]
       if isinstance(value, ml_collections.ConfigDict):
         value = value.to_dict()
-      schema.fit(value, kind, where, key=key if where else f"config.{key}")
+      name = key if where else f"config.{key}"
+      schema.fit(value, kind, where, key=name)
+      for text in value if isinstance(value, (tuple, list)) else (value,):
+        remote.refuse(text, name)

@@ -63,8 +63,14 @@ def literal(text, words=_WORDS):
 
 
 def _parse_sequence(text, like, name, kind):
-  """Returns a flat sequence; its items have the type of those of `like`."""
+  """Returns a sequence; its items have the type of those of `like`.
+
+  One of sequences, such as "((16, 196), (32, 196))", is read as it is written.
+  """
   body = text.strip()
+  whole = literal(body) if body[:2] in ("((", "[[", "([", "[(") else ()
+  if isinstance(whole, (tuple, list)) and whole:
+    return kind(whole)
   if body[:1] + body[-1:] in ("()", "[]"):
     body = body[1:-1]
   items = [item.strip() for item in body.split(",")]

@@ -17,13 +17,14 @@ from cacovid_jax import command, errors, evaluate, terminal
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.preflight import case as case_lib
 from cacovid_jax.preflight import checks
+from cacovid_jax.remote import mirror as remote
 
 TRAIN, EVALUATE = "train", "evaluate"
 _NUMBER = command.Flag("", default=0.0, least=0)
 COMMAND = command.Command(
   __doc__,
   {
-    "workdir": command.Flag("Folder that the run would write."),
+    "workdir": command.Flag("Folder that the run would write.", store=True),
     "run": command.Flag(
       "What the config is for: train or evaluate.",
       default=TRAIN,
@@ -59,16 +60,17 @@ def show(found: list[checks.Finding]) -> None:
 def main(args) -> int:
   """Examines what the command line describes; returns the exit code."""
   errors.check(args.workdir, "no workdir given: add --workdir=FOLDER")
-  if args.run == TRAIN:
-    experiment = experiment_lib.Experiment.from_config(
-      args.config, args.workdir, split="videos_per_step"
-    )
-  else:
-    args.shard = "0/1"
-    experiment = evaluate.experiment_of(args)
-  size = int(args.device_gib * 2**30)
-  case = case_lib.Case(experiment, args.clips, args.seconds_per_video, size)
-  found = checks.examine(case)
+  with remote.mirrored(args.workdir) as args.workdir:
+    if args.run == TRAIN:
+      experiment = experiment_lib.Experiment.from_config(
+        args.config, args.workdir, split="videos_per_step"
+      )
+    else:
+      args.shard = "0/1"
+      experiment = evaluate.experiment_of(args)
+    size = int(args.device_gib * 2**30)
+    case = case_lib.Case(experiment, args.clips, args.seconds_per_video, size)
+    found = checks.examine(case)
   show(found)
   failed = [one.check for one in found if one.verdict == checks.FAILED]
   told = f"failed: {', '.join(failed)}" if failed else "nothing failed"

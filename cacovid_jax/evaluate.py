@@ -24,11 +24,16 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import benchmarks, evaluation, shards
 from cacovid_jax.policy import loading
+from cacovid_jax.remote import mirror as remote
 
 COMMAND = command.Command(
   __doc__,
   {
-    "workdir": command.Flag("Where answers, results and the report go."),
+    "workdir": command.Flag(
+      "Where answers, results and the report go: a folder, or gs://..., one on"
+      " a store.",
+      store=True,
+    ),
     "shard": command.Flag(
       "I/N: this is process I of N, from 0, that share the work.", default="0/1"
     ),
@@ -106,13 +111,14 @@ def flags(*names: str, **old: str) -> dict[str, command.Flag]:
 
 def main(args):
   """Runs the evaluation that the command line describes."""
-  experiment = experiment_of(args)
-  out = evaluation.evaluate(experiment)
-  if out is None:
-    return  # Other processes are not done.
-  evaluation.show(out)
-  for name in ("results.json", "report.html", "timings.json", "answers.jsonl"):
-    terminal.tell(os.path.join(args.workdir, name))
+  with remote.mirrored(args.workdir) as args.workdir:
+    out = evaluation.evaluate(experiment_of(args))
+    if out is None:
+      return  # Other processes are not done.
+    evaluation.show(out)
+    names = "results.json", "report.html", "timings.json", "answers.jsonl"
+    for name in names:
+      terminal.tell(os.path.join(args.workdir, name))
 
 
 def experiment_of(args) -> experiment_lib.Experiment:

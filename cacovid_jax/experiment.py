@@ -23,7 +23,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.models import checkpoints, hub, processors
+from cacovid_jax.models import checkpoints, hub, processor_files
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 
@@ -109,23 +109,26 @@ class Experiment:
     if not model.path:
       raise errors.UserError(
         "config.model.path is empty; name the checkpoint directory of a"
-        " LLaVA-OneVision or a Qwen2.5-VL"
+        " LLaVA-OneVision, a Qwen2.5-VL or a Qwen3-VL"
       )
     # On one device that nothing is placed on, arrays go where they are used.
     alone = self.mesh.size == 1 and self.split != "videos_per_step"
-    checkpoint = checkpoints.load(
-      model.path,
-      dtype=jnp.dtype(model.dtype),
-      # Each device reads its own part: none ever holds the whole model.
-      mesh=None if alone else self.mesh,
-      backend=model.backend,
-      layers=model.layers,
-    )
+    less = "set config.mesh.model=2 to split them, or config.model.dtype"
+    with errors.during("loading the weights", f"{less}=bfloat16"):
+      checkpoint = checkpoints.load(
+        model.path,
+        dtype=jnp.dtype(model.dtype),
+        # Each device reads its own part: none ever holds the whole model.
+        mesh=None if alone else self.mesh,
+        backend=model.backend,
+        layers=model.layers,
+      )
     if checkpoint.tokenizer is None:
       raise errors.UserError(
         f"{model.path}: no tokenizer.json; give a complete checkpoint directory"
       )
-    return checkpoint
+    tagged = checkpoint.model.with_outer_vision_tags(model.outer_vision_tags)
+    return dataclasses.replace(checkpoint, model=tagged)
 
   @functools.cached_property
   def checkpoint(self) -> checkpoints.Checkpoint:
@@ -186,7 +189,7 @@ def with_shipped(config) -> Any:
     changes["evals.policies"] = (f"policy={policy}",)
   if not config.data.num_frames:
     folder = hub.directory(path)
-    changes["data.num_frames"] = processors.default_num_frames(folder)
+    changes["data.num_frames"] = processor_files.default_num_frames(folder)
   return config_lib.replace(config, changes)
 
 

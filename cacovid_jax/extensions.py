@@ -21,11 +21,13 @@ BUILT_IN = ("", "cacovid_jax.policy.network:Policy")
 # Sections of a config that may name code: the key that does, and the keys that
 # are there whatever it names. All others are options of the code.
 SECTIONS = {
-  "policy": ("module", "init", "dtype", "num_halvings", "backend"),
+  "policy": (
+    "module", "init", "dtype", "num_halvings", "backend", "budget_embedding",
+  ),
   "sampling": ("module", "ratio"),
   "objective": ("module",),
   "rollout": ("reward", "marking", "max_new_tokens"),
-}
+}  # fmt: skip
 KEYS = {f"{name}.{keys[0]}" for name, keys in SECTIONS.items()}
 
 

@@ -1,4 +1,8 @@
-"""Files that survive a kill or a full disk: atomic writes, locks, hashes."""
+"""Files that survive a kill or a full disk: atomic writes, locks, hashes.
+
+What is written into the mirror of a workdir on an object store is on the store
+when a call returns, see `remote.mirror`.
+"""
 
 import contextlib
 import errno
@@ -10,12 +14,13 @@ import os
 import pathlib
 import socket
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from absl import logging
 
 from cacovid_jax import errors
+from cacovid_jax.remote import mirror as remote
 
 # What a disk or a path can refuse; anything else is no matter of theirs.
 _REFUSED = errors.FULL + (
@@ -76,6 +81,21 @@ def replacing(path) -> Iterator[pathlib.Path]:
       with contextlib.suppress(OSError):
         partial.unlink()
       raise
+  if mirror := remote.of(path):
+    mirror.publish(pathlib.Path(path))
+
+
+def remove(path) -> None:
+  """Deletes a file, unless it is gone."""
+  pathlib.Path(path).unlink(missing_ok=True)
+  if mirror := remote.of(path):
+    mirror.remove(pathlib.Path(path))
+
+
+def refresh(folder) -> None:
+  """Looks at what other processes have written right into a shared folder."""
+  if mirror := remote.of(folder):
+    mirror.refresh(pathlib.Path(folder))
 
 
 def check_writable(path, flag: str) -> pathlib.Path:
@@ -123,6 +143,8 @@ def append(path, data: bytes) -> None:
       while rest:
         rest = rest[file.write(rest) :]
       os.fsync(file.fileno())
+      if mirror := remote.of(path):
+        mirror.append(pathlib.Path(path), size)
     except BaseException:
       with contextlib.suppress(OSError):
         file.truncate(size)
@@ -164,7 +186,7 @@ def claim(
     path: of a file, or of a role within a folder.
     who: what the other one is, such as "trainer".
     what: is written to; `path` if empty.
-    wait: for the end of the others.
+    wait: for the end of the others, on this machine; see `shared`.
     hint: end of the refusal: what else the command can do, by its own flags.
   """
   path = pathlib.Path(path)
@@ -176,13 +198,36 @@ def claim(
     with contextlib.suppress(OSError):
       file.truncate(0)
       file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+    mirror = None if wait else remote.of(path)
     try:
-      yield
+      with (
+        mirror.locked(path, refused, hint)
+        if mirror
+        else contextlib.nullcontext()
+      ):
+        yield
     finally:
       with contextlib.suppress(OSError):
         lock.unlink()
         if made:  # A mistake leaves no empty folder.
           path.parent.rmdir()
+
+
+def shared(path, act: Callable[[], Any]) -> Any:
+  """Returns what `act` returns, while no other process writes to a log.
+
+  It reads the log and appends to it at most once. On a store it is called again
+  if another process was faster.
+  """
+  with claim(path, wait=True):
+    mirror = remote.of(path)
+    while mirror:
+      mirror.refresh_log(pathlib.Path(path))
+      try:
+        return act()
+      except remote.OutrunError:
+        continue
+    return act()
 
 
 def _locked(path, refused: str, hint: str, *, wait: bool):

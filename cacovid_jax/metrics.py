@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 from cacovid_jax import errors, files, json_lines
+from cacovid_jax.remote import mirror as remote
 
 FILE = "metrics.jsonl"
 
@@ -67,10 +68,12 @@ def _start_wandb(workdir: pathlib.Path, project: str):
       'config.wandb.project needs wandb: pip install "cacovid_jax[wandb]", or'
       " leave it empty"
     ) from None
-  digest = hashlib.sha256(os.fsencode(workdir.resolve())).hexdigest()
+  mirror = remote.of(workdir)
+  named = mirror.store.url if mirror else workdir.resolve()
+  digest = hashlib.sha256(os.fsencode(named)).hexdigest()
   return wandb.init(
-    project=project, id=digest[:16], name=workdir.name, dir=workdir,
-    resume="allow",
+    project=project, id=digest[:16], name=workdir.name,
+    dir=None if mirror else workdir, resume="allow",
   )  # fmt: skip
 
 
@@ -87,6 +90,7 @@ class _Events:
     from tensorboardX.proto import event_pb2
 
     self._folder, self._scalar = folder, summary.scalar
+    self._mirror, self._published = remote.of(folder), 0
     self._event, start = event_pb2.Event, event_pb2.SessionLog.START
     files.make_folder(folder)
     with files.writing(folder):
@@ -100,11 +104,26 @@ class _Events:
       self._add(step, summary=self._scalar(name, value))
     with files.writing(self._folder):
       self._file.flush()
+    self._publish(1.25)
 
   def close(self) -> None:
     # What is not on disk by now was told when it was written.
     with contextlib.suppress(OSError):
       self._file.close()
+    self._publish(1)
+
+  def _publish(self, growth: float) -> None:
+    """Writes files to a store each time that they have grown by a quarter.
+
+    Each write is of a whole file: of n events, 5 n are written in all.
+    """
+    if self._mirror:
+      found = list(self._folder.iterdir())
+      size = sum(path.stat().st_size for path in found)
+      if size > self._published * growth:
+        for path in found:
+          self._mirror.publish(path)
+        self._published = size
 
   def _add(self, step: int, **content) -> None:
     event = self._event(wall_time=time.time(), step=step, **content)

@@ -25,13 +25,20 @@ _STEERING = re.compile(
 )
 
 
+# Names by which paths are told: {the mirror of a workdir: its URL}.
+NAMES: dict[str, str] = {}
+
+
 def plain(text: str) -> str:
   """Returns a text without control characters, but for tabs and new lines.
 
+  Paths that have a name in `NAMES` are told by it.
   Escape sequences go as a whole; half a surrogate pair, as of a file's name
   that is not UTF-8, is spelled out.
   """
   text = _STEERING.sub("", text)
+  for path, name in list(NAMES.items()):
+    text = text.replace(path, name)
   return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

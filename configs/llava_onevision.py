@@ -11,9 +11,10 @@ python -m cacovid_jax.evaluate --config configs/llava_onevision.py:size=7b \
     --policy workdirs/llava_onevision_7b --benchmark videomme \
     --data datasets/videomme --workdir workdirs/llava_onevision_7b/videomme
 
-The four benchmarks and their average: experiments.main_table. Several GPUs:
-`:devices=8`, one video each; several machines: experiments/launch. In seconds
-on a CPU, with random weights:
+As the public code trains; `:size=7b,recipe=ours` is the paper's text where the
+two differ (docs/recipes.md). The four benchmarks and their average:
+experiments.main_table. Several GPUs: `:devices=8`, one video each; several
+machines: experiments/launch. In seconds on a CPU, with random weights:
 
 python -m cacovid_jax.prepare --out workdirs/tiny --clips 2,0,2,0 \
     --nodecisive --tiny_models llava_onevision

@@ -6,8 +6,8 @@ in checkpoints/qwen2_5_vl_SIZE.
 python -m cacovid_jax.train --config configs/qwen2_5_vl.py:size=3b \
     --workdir workdirs/qwen2_5_vl_3b
 
-Rows, the benchmarks, several GPUs and a run in seconds on a CPU are as in
-configs/llava_onevision.py, with the names of this file and family.
+Rows, recipes, the benchmarks, several GPUs and a run in seconds on a CPU are as
+in configs/llava_onevision.py, with the names of this file and family.
 
 Paper, 3B: mean accuracy of LongVideoBench, MLVU dev, MLVU test and VideoMME, in
 %, and as a share of vanilla's 55.6: 54.2 (97.5) at a ratio of 25 %, 53.9 (96.9)

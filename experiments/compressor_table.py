@@ -124,6 +124,7 @@ def measure(experiment, out):
     label, _ = methods_lib.split_label(spec)
     if chosen := out["chosen"].get(label):
       spec = _chosen_spec(evals, label, chosen["best"])
+    spec = out.get("calibrated", {}).get(label, {}).get("spec", spec)
     method = dataclasses.replace(methods_lib.Method.parse(spec), label=label)
     row = out["methods"][label]
     cells += [

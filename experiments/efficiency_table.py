@@ -6,16 +6,16 @@ python -m experiments.efficiency_table --size=tiny     # on a CPU
 python -m experiments.efficiency_table ... --dry_run   # what it would take
 
 Times one prompt about one video on this device: the tower, the prefill of all
-tokens, and for every method the choice of its tokens and the prefill of what
-is left, up to the first token of the answer. Then `--stages`, by our programs
-and by `--peers` in PyTorch on the same weights: clip (a file's frames to
-pixels), tower (with projector and pooling), scores of the policy, select (with
-scores and gather), prefill, first token, decode (a token) and train (a video
-at a fixed ratio), beside what their operations or bytes take at the device's
-speed, measured in the same run unless --tflops and --gbps say it. Medians of
-`--repeats` runs. Weights are random, drawn once into `--weights`: times do not
-depend on their values, but for methods whose work depends on the video
-(FrameFusion).
+tokens, and for every method the choice of its tokens and the prefill of what is
+left, up to the first token of the answer. Then `--stages`, by our programs and
+by `--peers` in PyTorch on the same weights: load (weights to the device, beside
+a plain read of their files), clip (a file's frames to pixels), tower (with
+projector and pooling), scores of the policy, select (with scores and gather),
+prefill, first token, decode (a token) and train (a video at a fixed ratio),
+beside what their operations or bytes take at the device's speed, measured in
+the same run unless --tflops and --gbps say it. Medians of `--repeats` runs.
+Weights are random, drawn once into `--weights`: times do not depend on their
+values, but for methods whose work depends on the video (FrameFusion).
 
 WORKDIR/table.md, table.csv   a row per method and ratio, the paper's beside it
 WORKDIR/prefill.svg           milliseconds to the first token, by part

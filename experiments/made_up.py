@@ -175,6 +175,13 @@ def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
   )
 
 
+def write_clip(path: pathlib.Path, seconds: int) -> None:
+  """Writes a H.264 clip of 640 x 360, 25 frames a second."""
+  files.make_folder(path.parent)
+  pictures = (clip_matrix.moving(n, 80, 64) for n in range(25 * seconds))
+  clip_matrix.encode(path, clip_matrix.CODECS["h264_b"], pictures, (640, 360))
+
+
 def reader(subject, folder) -> Callable[[], Any]:
   """Returns f() that makes pixels of a clip, in a worker as a store does.
 
@@ -182,9 +189,7 @@ def reader(subject, folder) -> Callable[[], Any]:
   """
   folder = pathlib.Path(folder)
   if not (path := folder / "clip.mp4").exists():
-    files.make_folder(folder)
-    pictures = (clip_matrix.moving(number, 80, 64) for number in range(250))
-    clip_matrix.encode(path, clip_matrix.CODECS["h264_b"], pictures, (640, 360))
+    write_clip(path, 10)
   model = subject.checkpoint.model
   joined = getattr(model.config.vision, "temporal_patch_size", 1)
   rule = frames.FrameRule(joined * subject.grid[0])

@@ -9,6 +9,7 @@ one. Needs the extra `[hf]`; JAX computes on its default device.
 """
 
 import dataclasses
+import functools
 import os
 import shutil
 import time
@@ -16,7 +17,7 @@ import time
 import jax
 
 from cacovid_jax import command, errors, terminal
-from cacovid_jax.models import llava_onevision, qwen2_5_vl
+from cacovid_jax.models import llava_onevision, qwen2_5_vl, qwen3_vl
 from cacovid_jax.parity import __main__, half_precision
 from cacovid_jax.parity import transformers as transformers_lib
 from cacovid_jax.synthetic import tiny_checkpoints
@@ -26,6 +27,8 @@ CONFIGS = {
   "ov-7b": llava_onevision.LlavaOnevisionConfig.llava_onevision_7b,
   "qvl-3b": qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_3b,
   "qvl-7b": qwen2_5_vl.Qwen2_5VLConfig.qwen2_5_vl_7b,
+  "q3vl-2b": functools.partial(qwen3_vl.Qwen3VLConfig.released, "2b"),
+  "q3vl-8b": functools.partial(qwen3_vl.Qwen3VLConfig.released, "8b"),
 }
 
 COMMAND = command.Command(
@@ -61,6 +64,9 @@ def cut(config, num_layers):
   if hasattr(vision, "full_layers"):
     # The last layer sees whole slices, as in the released depth.
     vision = dataclasses.replace(vision, full_layers=(num_layers - 1,))
+  if hasattr(vision, "deep_layers"):
+    deep = tuple(range(num_layers))[: len(vision.deep_layers)]
+    vision = dataclasses.replace(vision, deep_layers=deep)
   text = dataclasses.replace(config.text, num_layers=num_layers)
   return dataclasses.replace(config, vision=vision, text=text)
 

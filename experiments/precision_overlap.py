@@ -85,9 +85,11 @@ def overlaps(policy, params, other, prompts, ratios):
 @functools.partial(jax.jit, static_argnames=("policy", "grid", "ratios"))
 def _select(params, x, positions, video_rows, *, policy, grid, ratios):
   """Returns int32[K] kept tokens, per ratio."""
-  scores = policy.apply({"params": params}, x, positions, video_rows, grid)
-  budgets = [selection.budget(grid, ratio) for ratio in ratios]
-  return [selection.select(scores, budget) for budget in budgets]
+  given, chosen = ({"params": params}, x, positions, video_rows, grid), []
+  for ratio in ratios:
+    scores = policy.apply(*given, **network.ratio_argument(policy, ratio))
+    chosen.append(selection.select(scores, selection.budget(grid, ratio)))
+  return chosen
 
 
 def draw_prompt(model, params, rng, num_frames):

@@ -1,7 +1,6 @@
 """What experiments print, and times written down as they are measured."""
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,6 @@ import rich.table
 from cacovid_jax import errors, terminal
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import provenance
-
-_NO_ROOM = re.compile("RESOURCE_EXHAUSTED|out of memory", re.I)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], title="") -> None:
@@ -45,7 +42,7 @@ def once(
     try:
       found = measure()
     except RuntimeError as error:  # JAX's and PyTorch's own are such.
-      if not _NO_ROOM.search(str(error)):
+      if not errors.no_room(error):
         raise
       reason = errors.one_line(error)[:160]
       raise errors.UserError(

@@ -7,7 +7,9 @@ One video of `--frames` each, then `--batches` videos of the first number of
 frames, by our programs: tower, select (scores, choice and gather of a quarter
 of the tokens), prefill of that quarter and of all. Medians of `--repeats` runs;
 memory is the most that the process has held by then, so a line that needs less
-than one before it shows that one's. What does not fit is written as such.
+than one before it shows that one's. The gain is the time to the first token
+(tower, selection and prefill) from all tokens over that from a quarter. What
+does not fit is written as such. `experiments.throughput` has whole evaluations.
 
 WORKDIR/table.md, frames.svg, batches.svg, results.json
 WORKDIR/rows.jsonl   every time as it is measured; given again, it goes on
@@ -85,9 +87,9 @@ def write(workdir, rows, run, args):
   for name in dict.fromkeys(row["engine"] for row in rows):
     cells = [by[name, *cell] for cell in _CELLS]
     most = max((row.get("peak_gib", 0.0) for row in cells), default=0.0)
-    line = [*name.split(" x "), *map(stages.told, cells)]
+    line = [*name.split(" x "), *map(stages.told, cells), _gain(cells)]
     lines.append([*line, f"{most:.2f}" if most else ""])
-  head = ["frames", "videos", *(f"{title}, ms" for title in titles), "GiB"]
+  head = ["frames", "videos", *(f"{t}, ms" for t in titles), "gain", "GiB"]
   text = f"{tables.as_markdown(head, lines, range(len(head)))}\n"
   files.write(workdir / FILES[0], text)
   for path, values, pattern, label in (
@@ -112,6 +114,14 @@ def write(workdir, rows, run, args):
   files.write_json(workdir / FILES[3], run | {"rows": rows})
   print(text)
   reporting.files(workdir, FILES)
+
+
+def _gain(cells) -> str:
+  """Returns how much sooner a quarter of the tokens gives the first token."""
+  if not all("ms" in cell for cell in cells):
+    return ""
+  tower, select, quarter, whole = (cell["ms"] for cell in cells)
+  return f"{(tower + whole) / (tower + select + quarter):.2f}"
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import functools
 import importlib
 import math
 import os
+import pathlib
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -31,7 +32,7 @@ from cacovid_jax.evals.report import charts
 from cacovid_jax.inference import answerer
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import programs as programs_lib
-from cacovid_jax.models import llava_onevision, video_llm
+from cacovid_jax.models import checkpoints, llava_onevision, video_llm
 from cacovid_jax.policy import network
 from cacovid_jax.training import programs as training_programs
 from cacovid_jax.training import run as run_lib
@@ -39,7 +40,7 @@ from experiments import made_up, reporting
 
 # Those that depend on the share of tokens that are kept, and all.
 _BY_RATIO = ("select", "prefill", "first_token", "decode")
-STAGES = ("clip", "tower", "scores", *_BY_RATIO, "train")
+STAGES = ("load", "clip", "tower", "scores", *_BY_RATIO, "train")
 FILES = ("stages.md", "stages.json", "stages.svg")
 OURS = "ours"
 PEERS = {
@@ -49,6 +50,7 @@ PEERS = {
   "torch_device": command.Flag("Where they compute.", default="cuda"),
 }
 _NEW_TOKENS = 32  # Over which the time of a token is a mean.
+_MOST_LOADS = 3  # Each of seconds, at a released size.
 
 
 class Ours:
@@ -75,6 +77,11 @@ class Ours:
   def function(self, stage: str, ratio: float):
     """Returns what an engine makes, see the module; None of what it lacks."""
     subject = self._subject
+    if stage == "load":
+      return functools.partial(load, subject.checkpoint), None, 1
+    if stage == "read":
+      path = subject.checkpoint.identity["path"]
+      return functools.partial(read_plainly, path), None, 1
     if stage == "clip":
       return made_up.reader(subject, self._workdir), None, 1
     if stage == "train":
@@ -97,7 +104,7 @@ class Ours:
   def _scores(self, ratio, batch=None):
     policy = self._subject.policy(self._method)
     given = policy.module, policy.params, batch or self._batch
-    return self._subject.programs.scores(*given, self._subject.grid)
+    return self._subject.programs.scores(*given, self._subject.grid, ratio)
 
   def _select(self, ratio, batch=None):
     batch = batch or self._batch
@@ -121,6 +128,22 @@ class Ours:
     batch = batch._replace(x=x, features=features)
     selection = None if ratio == 1 else self._select(ratio, batch)
     return self._answer(programs, ratio, batch, selection)
+
+
+def load(checkpoint) -> Any:
+  """Returns the weights, read again from the files they came from."""
+  model, path = checkpoint.model, checkpoint.identity["path"]
+  return checkpoints.load_params(path, model.config, model.dtype)
+
+
+def read_plainly(directory) -> int:
+  """Reads the safetensors of a folder into one buffer; returns their bytes."""
+  buffer, total = bytearray(2**26), 0
+  for path in sorted(pathlib.Path(directory).glob("*.safetensors")):
+    with open(path, "rb", buffering=0) as file:
+      while count := file.readinto(buffer):
+        total += count
+  return total
 
 
 def trainer(subject, config, workdir) -> Callable[[], Any]:
@@ -147,6 +170,7 @@ def trainer(subject, config, workdir) -> Callable[[], Any]:
   tokenizer = tokenizer_lib.Tokenizer.from_directory(
     experiment_lib.SHIPPED_MODEL
   )
+  tokenizer.max_length = None  # The shipped model takes less than others.
   experiment = experiment_lib.Experiment.from_config(
     config_lib.replace(config, changes),
     workdir,
@@ -248,12 +272,16 @@ def timed(engine, stage, ratio, repeats) -> dict[str, float]:
   made = engine.function(stage, ratio)
   errors.check(bool(made), "not measured")
   run, less, count = made
+  if stage in ("load", "read"):
+    repeats = min(repeats, _MOST_LOADS)
   found, base = timing.measure(run, repeats, engine.wait), 0.0
   if less is not None:
     base = timing.measure(less, repeats, engine.wait).ms
   names = "ms", "low", "high"
   each = {name: (getattr(found, name) - base) / count for name in names}
   each |= engine.facts | {"first_s": found.first_s}
+  if stage == "load":
+    each["limit_ms"] = timed(engine, "read", ratio, repeats)["ms"]
   if stats := jax.devices()[0].memory_stats():
     each["peak_gib"] = stats["peak_bytes_in_use"] / 2**30
   return each
@@ -279,7 +307,7 @@ def measure(
       except errors.UserError as error:
         row["status"] = errors.one_line(error)
       if name == OURS and limit:
-        row["limit_ms"] = limit(stage, ratio)
+        row.setdefault("limit_ms", limit(stage, ratio))
       out.append(row)
   return out
 

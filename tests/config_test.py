@@ -118,6 +118,7 @@ def test_argument_sets_fields(path):
     ("ladder=(0.1,)", "ladder", (0.1,)),
     ("ladder=()", "ladder", ()),
     ("modules=a,2", "modules", ("a", 2)),
+    ("modules=((16, 4), (8, 4))", "modules", ((16, 4), (8, 4))),
   ],
 )
 def test_overrides_take_the_type_of_the_field(path, text, key, value):

@@ -24,6 +24,17 @@ _MAIN = textwrap.dedent("""
       raise OSError(errno.EROFS, "Read-only file system")
     if kind == "odd":
       raise ZeroDivisionError("one\\ntwo")
+    if kind in ("memory", "kernel", "type"):
+      import jax
+      with errors.during("training", "lower this"):
+        with errors.during("reading", "lower that"):
+          if kind == "type":
+            raise NotImplementedError("Q must be BF16 or FP16")
+          raise jax.errors.JaxRuntimeError({
+            "memory": "RESOURCE_EXHAUSTED: Out of memory while trying to"
+                      " allocate 8053063680 bytes.",
+            "kernel": "UNIMPLEMENTED: no such call",
+          }[kind])
     if kind == "mine":
       raise errors.UserError("mend it")
     if kind == "exit":
@@ -64,6 +75,45 @@ def test_an_error_nobody_foresaw_is_one_line(tmp_path):
   assert told and done.returncode == 70, done.stderr
   log = pathlib.Path(told[1])
   assert log.parent == tmp_path and "ZeroDivisionError" in log.read_text()
+
+
+@pytest.mark.parametrize(
+  ("words", "asked"),
+  [
+    ("Failed to allocate request for 2.50GiB (2684354560B)", "2.50 GiB"),
+    ("Allocation of 512.00MiB exceeds the memory", "512.00 MiB"),
+    ("Ran out of memory in memory space hbm", "more"),
+  ],
+)
+def test_what_was_asked_for_is_told(words, asked):
+  error = type("XlaRuntimeError", (RuntimeError,), {})
+  told = errors._of_device(error(f"RESOURCE_EXHAUSTED: {words}."))
+  assert f"while computing ({asked} asked for); spread the weights" in told
+  assert not errors._of_device(error("INTERNAL: a bug"))
+
+
+_OTHER = "set config.model.backend=xla, or another config.model.dtype"
+_CANNOT = "this device cannot do what is asked while reading"
+
+
+@pytest.mark.parametrize(
+  ("kind", "told"),
+  [
+    (
+      "memory",
+      "the device is out of memory while reading (7.5 GiB asked for); lower"
+      " that",
+    ),
+    ("kernel", f"{_CANNOT}: UNIMPLEMENTED: no such call; {_OTHER}"),
+    ("type", f"{_CANNOT}: Q must be BF16 or FP16; {_OTHER}"),
+  ],
+)
+def test_what_the_device_refuses_names_stage_and_remedy(tmp_path, kind, told):
+  """The innermost stage counts."""
+  done = _run(kind, f"--workdir={tmp_path}")
+  log = tmp_path / "error.log"
+  assert done.stderr.splitlines()[-1] == f"error: {told} (full log: {log})"
+  assert done.returncode == 2 and "Traceback" in log.read_text()
 
 
 def test_a_workdir_that_cannot_hold_the_log_is_named(tmp_path):

@@ -21,6 +21,7 @@ LONG_FILE, LONG_FUNCTION, MANY_PARAMETERS = 400, 50, 7
 MODEL_CLASSES = (
   "LlavaOnevisionModel",
   "Qwen2_5VLModel",
+  "Qwen3VLModel",
   "ProcessorConfig",
   "Preprocessing",
 )
@@ -28,7 +29,7 @@ FAMILIES = "cacovid_jax/models/checkpoints.py"
 
 # Largest values allowed; the last one is a smallest.
 LIMITS = {
-  "lines": 43_400,
+  "lines": 44_000,
   "files over 400 lines": 2,
   "functions over 50 lines, %": 0.3,
   "functions with more than 7 parameters, %": 0.9,

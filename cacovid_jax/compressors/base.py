@@ -93,8 +93,7 @@ class CompressorInputs:
   @property
   def frames(self) -> jax.Array:
     """The tokens frame by frame, float[T, H * W, D]."""
-    T, H, W = self.grid
-    return self.features.reshape(T, H * W, -1)
+    return self.features.reshape(self.grid[0], -1, self.features.shape[-1])
 
   @property
   def frame_attention(self) -> jax.Array:
@@ -216,7 +215,7 @@ class Compressor:
 
   @property
   def rounds_itself(self) -> bool:
-    """True if `choose` is to round as the method's own publication does."""
+    """True if `choose` says by the mask how many of `rows` there are."""
     own = type(self).reference_rows is not Compressor.reference_rows
     return own and not self.exact_budget
 
@@ -243,8 +242,7 @@ class Compressor:
   @property
   def known_options(self) -> tuple[str, ...]:
     """Names of the options that it takes, sorted."""
-    own = {field.name for field in dataclasses.fields(self)}
-    own -= self._general_fields()
+    own = {f.name for f in dataclasses.fields(self)} - self._general_fields()
     return tuple(sorted(own | ({"weights"} if self.trained else set())))
 
   @property
@@ -261,10 +259,9 @@ class Compressor:
   def with_options(self, *, exact_budget: bool | None = None, **options):
     """Returns the method with some of `known_options` set; None leaves it."""
     given = tuple(dict.fromkeys([*self.given, *options]))
-    for name, value in options.items():
-      if isinstance(value, list):
-        # Programs are cached by compressor: values have to be hashable.
-        options[name] = tuple(value)
+    # Programs are cached by compressor: values have to be hashable.
+    lists = {k: tuple(v) for k, v in options.items() if isinstance(v, list)}
+    options |= lists
     if exact_budget is not None:
       options["exact_budget"] = exact_budget
     return dataclasses.replace(self, **options, given=given)
@@ -290,6 +287,10 @@ class Compressor:
         f" {'x'.join(map(str, grid))} grid; raise the retention ratio"
       )
     return min(rows, math.prod(grid))
+
+  def row_sizes(self, grid: tuple[int, int, int], ratio: float) -> list[int]:
+    """Returns the sizes, rising, that selections of a batch are cut to."""
+    return [self.rows(grid, ratio)]
 
   def rows_per_layer(self, num_layers: int, grid, ratio: float) -> list[int]:
     """Returns how many video tokens each layer sees; UserError if it cannot."""
@@ -366,9 +367,8 @@ class Compressor:
     num_video = selection.assign.shape[1]
     rows = prompt_batch.keep(prompt, selection, num_video=num_video)
     logits, cache, _ = model.prefill(
-      params, rows.x, rows.positions, rows.lengths,
-      cache_length=rows.x.shape[1] + new_rows,
-      deep=rows.deep, video_rows=rows.video_rows,
+      params, rows.x, rows.positions, rows.lengths, deep=rows.deep,
+      video_rows=rows.video_rows, cache_length=rows.x.shape[1] + new_rows,
     )  # fmt: skip
     tokens = jnp.tile(rows.count[:, None], model.config.text.num_layers)
     return logits, cache, SelectionTrace.of(rows, tokens)

@@ -8,6 +8,7 @@ weights are data.
 Letters: L decoder layers, M video tokens, G parts that share a budget.
 """
 
+import bisect
 import fractions
 import math
 from typing import Any
@@ -194,6 +195,32 @@ def _completed(counts, remainder, total, low, high):
     )
 
   return jax.lax.while_loop(unfinished, adjust, (counts, remainder))[0]
+
+
+def mean_threshold(left, shares, ratio: float) -> float:
+  """Returns the least threshold of sizes whose mean share is at most a ratio.
+
+  A question gets its first size that leaves out no more than the threshold, or
+  else its last: the mean over questions falls as the threshold rises.
+
+  Args:
+    left: float[Q, S], what each size leaves out.
+    shares: float[Q, S] of the tokens that it keeps, rising.
+    ratio: of all sizes, one is at most it.
+  """
+  left, shares = np.asarray(left, np.float64), np.asarray(shares)
+
+  def met(threshold):
+    fits = left <= threshold
+    fits[:, -1] = True
+    place = fits.argmax(axis=1)[:, None]
+    mean = np.take_along_axis(shares, place, axis=1).mean()
+    return bool(mean <= ratio * (1 + 1e-9))
+
+  # Half way between two values: rounding does not move a question.
+  steps = np.unique(np.append(left, (0.0, 1.0)))
+  middles = [*(steps[1:] + steps[:-1]) / 2, 1.0]
+  return float(middles[bisect.bisect_left(middles, True, key=met)])
 
 
 def evenly(total: int, num_parts: int) -> list[int]:

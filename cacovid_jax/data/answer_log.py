@@ -83,7 +83,7 @@ class AnswerLog(dict[Key, dict[str, Any]]):
     return self
 
   def __exit__(self, *exc_info):
-    self.close()
+    self._lock.__exit__(*exc_info)
 
   def close(self) -> None:
     """Lets other processes write to the file."""

@@ -1,10 +1,14 @@
 """Which frames of a clip are shown to the model; how they are turned, resized.
 
-Two rules exist, as the paper's evaluator and trainer differ. Letters: T frames,
-h w pixels of a decoded frame, S pixels of a side after resizing.
+The paper's evaluator and trainer differ, and a third rule is the trainer's,
+filled up to T frames; Qwen3-VL's processor shows more frames of a longer clip.
+Letters: T frames, h w pixels of a decoded frame, S pixels of a side after
+resizing.
 """
 
 import dataclasses
+import fractions
+import math
 
 import numpy as np
 from PIL import Image
@@ -13,6 +17,13 @@ from cacovid_jax import errors
 
 EVAL_RULE = "eval_linspace"
 TRAIN_RULE = "train_linspace_1fps"
+PUBLIC_RULE = "public_linspace_1fps"
+RATE_RULE = "eval_linspace_2fps"
+RULES = (EVAL_RULE, TRAIN_RULE, PUBLIC_RULE, RATE_RULE)
+FEWEST_FRAMES = 4  # That `linspace_at` takes of a clip that has them.
+# Rules that show fewer frames of short clips: the fewest, of clips that have
+# as many.
+_FEWEST = {PUBLIC_RULE: 1, RATE_RULE: FEWEST_FRAMES}
 BICUBIC = int(Image.Resampling.BICUBIC)
 
 
@@ -48,31 +59,75 @@ def train_linspace_1fps(
   return np.rint(np.linspace(0, num_frames - 1, num_samples)).astype(np.int64)
 
 
+def linspace_at(
+  num_frames: int, source_fps: float, fps: float = 2.0, most: int = 768
+) -> np.ndarray:
+  """Returns int64[n] equally spaced indices, rounded half to even.
+
+  Qwen3-VL's rule, of a clip's own frames a second: n = int(num_frames /
+  source_fps · fps), at least `FEWEST_FRAMES`, at most `most`, and never more
+  than there are.
+  """
+  errors.check(
+    0 < source_fps < math.inf,
+    f"a clip of {source_fps} frames a second; give its rate, or a fixed number"
+    f" of frames by the rule {EVAL_RULE!r}",
+  )
+  wanted = int(num_frames / source_fps * fps)
+  wanted = min(max(wanted, FEWEST_FRAMES), most, num_frames)
+  return np.rint(np.linspace(0, num_frames - 1, wanted)).astype(np.int64)
+
+
+def source_fps(num_frames: int, duration: float) -> float | None:
+  """Returns a clip's frames a second; None if its seconds are unknown.
+
+  Rates of video are whole numbers of frames in at most 1001 seconds: without
+  that, the quotient's last bit turns halves of printed times up or down.
+  """
+  if not 0 < duration < math.inf:
+    return None
+  fps = num_frames / duration
+  exact = float(fractions.Fraction(fps).limit_denominator(1001))
+  return exact if math.isclose(exact, fps, rel_tol=1e-12) else fps
+
+
 @dataclasses.dataclass(frozen=True)
 class FrameRule:
-  """Which T frames of a clip are shown; T is static."""
+  """Which frames of a clip are shown, at most T of them."""
 
   num_frames: int  # T.
-  # `EVAL_RULE`, or `TRAIN_RULE` for the public trainer's. Where that takes few
-  # frames (clips below T seconds), T are spaced over the clip instead, rounded
-  # as it rounds, since compiled programs have one T. Where it takes none, the
-  # clip is refused.
+  # `EVAL_RULE`, or `PUBLIC_RULE` for the public trainer's, which takes fewer
+  # frames of clips below T seconds, and refuses a clip of which it takes none.
+  # `TRAIN_RULE` spaces T over short clips instead, rounded as it rounds, so
+  # that all clips share programs of one T without padding.
   name: str = EVAL_RULE
   fps: float = 1.0  # Of the trainer's rule.
 
   def __post_init__(self):
-    if self.name not in (EVAL_RULE, TRAIN_RULE):
-      raise errors.UserError(
-        f"frame rule {self.name!r}: give {EVAL_RULE!r} or {TRAIN_RULE!r}"
-      )
+    if self.name not in RULES:
+      known = " or ".join(map(repr, RULES))
+      raise errors.UserError(f"frame rule {self.name!r}: give {known}")
+
+  @property
+  def fills(self) -> bool:
+    """Whether every clip that is not refused shows all T frames."""
+    return self.name not in _FEWEST
+
+  @property
+  def fewest(self) -> int:
+    """Least T of clips that have as many frames and are not refused."""
+    return min(_FEWEST.get(self.name, self.num_frames), self.num_frames)
 
   def __call__(self, num_frames: int, duration: float) -> np.ndarray:
-    """Returns int64[T] indices, none if the clip is too short."""
+    """Returns int64[T] indices, or fewer; none if the clip is too short."""
     if self.name == EVAL_RULE:
       return eval_linspace(num_frames, self.num_frames)
+    if self.name == RATE_RULE:
+      fps = source_fps(num_frames, duration)
+      return linspace_at(num_frames, fps or 0.0, most=self.num_frames)
     wanted = self.num_frames
     indices = train_linspace_1fps(num_frames, duration, wanted, self.fps)
-    if 0 < len(indices) < wanted:
+    if self.fills and 0 < len(indices) < wanted:
       spaced = np.linspace(0, num_frames - 1, wanted)
       indices = np.rint(spaced).astype(np.int64)
     return indices

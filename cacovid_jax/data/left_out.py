@@ -6,6 +6,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -102,11 +103,7 @@ class RejectedClips:
     self.path = None if path is None else os.fspath(path)
     self.entries = []
     if self.path and os.path.isfile(self.path):
-      with files.claim(self.path, wait=True):
-        data = pathlib.Path(self.path).read_bytes()
-        lines = json_lines.parse(data, lambda line: {k: line[k] for k in _KEYS})
-        then = "their clips are tried again"
-        self.entries = json_lines.keep(self.path, lines, then)
+      self.entries = files.shared(self.path, self._read)
     self._known = set(map(_key, self.entries))
 
   @property
@@ -128,9 +125,14 @@ class RejectedClips:
     self._known.add(_key(entry))
     self.entries.append(entry)
     if self.path:
-      with files.claim(self.path, wait=True):
-        json_lines.append(self.path, [entry])
+      files.shared(self.path, lambda: json_lines.append(self.path, [entry]))
     return True
+
+  def _read(self) -> list[dict[str, Any]]:
+    data = pathlib.Path(self.path).read_bytes()
+    lines = json_lines.parse(data, lambda line: {k: line[k] for k in _KEYS})
+    then = "their clips are tried again"
+    return json_lines.keep(self.path, lines, then)
 
 
 def _key(entry) -> tuple[str, str]:

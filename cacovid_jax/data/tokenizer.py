@@ -114,9 +114,7 @@ class Tokenizer:
     self._template = chat_template_lib.Template(template, name)
     self._form = None  # The form of messages that the template has taken.
     # Questions are asked about clips of many sizes.
-    self._with_one_token = functools.lru_cache(65_536)(
-      self._encode_with_one_token
-    )
+    self._with_blocks = functools.lru_cache(65_536)(self._encode_blocks)
     for token in self.style.tokens:
       if tokenizer.token_to_id(token) is None:
         what = "video token" if token == self.video_token else "token"
@@ -325,28 +323,43 @@ class Tokenizer:
         f" ({errors.one_line(error)[:200]}); {_MEND}"
       ) from error
 
-  def encode_prompt(self, text: str, num_video_tokens: int) -> Prompt:
-    """Returns the ids of a question about a clip of N tokens in one block."""
-    ids, start = self._with_one_token(text)
-    mend = "use fewer frames or shorten the question"
-    self._check(f"prompt {text[:40]!r}", len(ids) - 1 + num_video_tokens, mend)
-    block = np.full(num_video_tokens, self.video_id, np.int32)
-    ids = np.concatenate([ids[:start], block, ids[start + 1 :]])
-    rows = np.arange(start, start + num_video_tokens, dtype=np.int32)
-    return Prompt(ids, rows)
+  def encode_prompt(
+    self, text: str, num_video_tokens: int, clip: str = ""
+  ) -> Prompt:
+    """Returns the ids of a question about a clip of N tokens.
 
-  def _encode_with_one_token(self, text: str) -> tuple[np.ndarray, int]:
-    """Returns the ids of a prompt about one video token, and that one's row."""
-    ids = self.encode(self.render(text))
-    if (count := ids.count(self.video_id)) != 1:
+    `clip` stands for the style's block, and splits them among its placeholders.
+    """
+    ids, starts = self._with_blocks(text, clip)
+    each, rest = divmod(num_video_tokens, len(starts))
+    if rest:
+      raise ValueError(f"{num_video_tokens} tokens in {len(starts)} blocks")
+    mend = "use fewer frames or shorten the question"
+    length = len(ids) - len(starts) + num_video_tokens
+    self._check(f"prompt {text[:40]!r}", length, mend)
+    counts = np.ones(len(ids), int)
+    counts[starts] = each
+    first = np.cumsum(counts)[starts] - each
+    rows = (first[:, None] + np.arange(each)).ravel()
+    return Prompt(np.repeat(ids, counts), rows.astype(np.int32))
+
+  def _encode_blocks(self, text: str, clip: str):
+    """Returns the ids of a prompt, and the rows of one token a block."""
+    rendered = self.render(text)
+    if clip:
+      rendered = rendered.replace(self.style.block, clip, 1)
+    ids = self.encode(rendered)
+    count, wanted = ids.count(self.video_id), clip.count(self.video_token) or 1
+    if count != wanted:
       raise errors.UserError(
         f"{self.name}: the rendered prompt holds {count} video tokens"
-        " instead of one; the tokenizer must keep"
+        f" instead of {wanted}; the tokenizer must keep"
         f" {self.video_token!r} as a single special token"
       )
-    start = ids.index(self.video_id)
+    ids = np.array(ids, np.int32)
+    starts = np.flatnonzero(ids == self.video_id)
     newline = np.full(self.style.newline_tokens, self.video_id, np.int32)
-    return np.insert(np.array(ids, np.int32), start, newline), start
+    return np.insert(ids, starts[-1] + 1, newline), starts
 
   def encode_blind(self, text: str) -> np.ndarray:
     """Returns int32[L], the ids of a question that is asked without a clip."""

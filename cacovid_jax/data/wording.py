@@ -53,7 +53,11 @@ QWEN2_5_VL = VideoStyle(
   0,
   ("<|vision_start|>", "<|vision_end|>"),
 )
-STYLES = {"llava_onevision": LLAVA_ONEVISION, "qwen2_5_vl": QWEN2_5_VL}
+STYLES = {
+  "llava_onevision": LLAVA_ONEVISION,
+  "qwen2_5_vl": QWEN2_5_VL,
+  "qwen3_vl": QWEN2_5_VL,  # Once for each temporal patch.
+}
 
 
 def letter_options(options: Sequence[str], form: str = "{}. {}") -> list[str]:

@@ -9,6 +9,7 @@ decoding video and the host's work are not in the time.
 """
 
 import collections
+import functools
 import itertools
 import math
 import os
@@ -31,7 +32,13 @@ from cacovid_jax.evals import benchmarks, cost, evaluation, paper
 from cacovid_jax.inference import clip_queue
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import prompts as prompts_lib
-from cacovid_jax.models import checkpoints, hub, llava_onevision, qwen2_5_vl
+from cacovid_jax.models import (
+  checkpoints,
+  hub,
+  llava_onevision,
+  qwen2_5_vl,
+  qwen3_vl,
+)
 from cacovid_jax.policy import network
 
 FLAGS = types.MappingProxyType({
@@ -45,12 +52,17 @@ FLAGS = types.MappingProxyType({
 })  # fmt: skip
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
+_QWEN3 = qwen3_vl.Qwen3VLConfig
 # Folder that a released model's config names -> what lies there.
 RELEASED = types.MappingProxyType({
   "llava_onevision_7b": _LLAVA.llava_onevision_7b,
   "llava_onevision_0_5b": _LLAVA.llava_onevision_0_5b,
   "qwen2_5_vl_3b": _QWEN.qwen2_5_vl_3b,
   "qwen2_5_vl_7b": _QWEN.qwen2_5_vl_7b,
+  **{
+    f"qwen3_vl_{size}": functools.partial(_QWEN3.released, size)
+    for size in qwen3_vl.SIZES
+  },
 })  # fmt: skip
 _BYTES_PER_TOKEN = 4
 _TEMPLATE_TOKENS = 30

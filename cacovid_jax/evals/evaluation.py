@@ -31,10 +31,11 @@ from cacovid_jax.evals import (
   provenance,
   results,
   shards,
+  throughput,
 )
 from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.evals.report import html, viewer
-from cacovid_jax.inference import clip_queue
+from cacovid_jax.inference import clip_queue, device_watch
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.policy import loading
@@ -91,10 +92,10 @@ def _evaluate(experiment):
   ratios = tuple(map(base.check_ratio, evals.ratios))
   test = load_benchmark(experiment, evals.split, evals.num_questions)
   methods, search, validation = plan(experiment, test)
-  tried, others, decisive = methods, (), test.decisive
-  if search:
-    tried, others = [*methods, *search.candidates], validation.questions
-    decisive = {**validation.decisive, **decisive}
+  tried = [*methods, *(search.candidates if search else ())]
+  others, decisive = (), test.decisive
+  if validation:
+    others, decisive = validation.questions, validation.decisive | decisive
   policies, workdir = experiment.policies, experiment.workdir
   manifest = frame_manifest.FrameManifest(
     workdir / frame_manifest.FILE,
@@ -103,16 +104,12 @@ def _evaluate(experiment):
   )
   manifest.require(q.video for q in (*test.questions, *others))
   wanted = methods_lib.wanted(tried)
-  with clip_queue.open_queue(experiment, wanted, manifest=manifest) as source:
+  made = {"manifest": manifest, "watch": device_watch.DeviceWatch()}
+  with clip_queue.open_queue(experiment, wanted, **made) as source:
     engine = engine_lib.Engine.of(
-      experiment,
-      source,
-      test.questions,
-      settings(experiment),
-      others=others,
-      policies=policies,
-      decisive=decisive,
-    )
+      experiment, source, test.questions, settings(experiment), others=others,
+      policies=policies, decisive=decisive,
+    )  # fmt: skip
     evaluator, chosen = evaluator_lib.Evaluator(engine, test.task), {}
     if search:
       identity = evaluator.identity(others)
@@ -120,27 +117,17 @@ def _evaluate(experiment):
         workdir, shard, "validation_answers.jsonl", identity
       ) as answers:
         methods, chosen = search.run(evaluator, validation, methods, answers)
+    given = engine, validation, methods, ratios
+    methods, calibrated = option_search.calibrate(*given)
     table = results.Table(
-      test.name,
-      test.split,
-      test.questions,
-      methods,
-      ratios,
-      tuple(evals.seeds),
-      engine.grid,
-      test.task,
+      test.name, test.split, test.questions, methods, ratios,
+      tuple(evals.seeds), engine.grid, test.task,
       {q.video: engine.grid_of(q) for q in test.questions},
-    )
+    )  # fmt: skip
     identity = evaluator.identity(test.questions)
     with shards.ledger(workdir, shard, "answers.jsonl", identity) as answers:
       failures = _ask(table, evaluator, answers, workdir, shard, identity)
-      timings = {
-        "seconds": dict(engine.seconds),
-        "host": provenance.host(),
-        "grids": len(set(map(table.grid_of, table.questions))),
-        "programs": engine.programs.num_compiled,
-      }
-      files.write_json(workdir / shard.file("timings.json"), timings)
+      throughput.write(workdir / shard.file("timings.json"), evaluator)
       if failures is None:
         return None
       out = results.build(
@@ -153,6 +140,7 @@ def _evaluate(experiment):
         rule=engine.settings.rule,
         rouge=config.rouge,
         left_out=test.left_out(),
+        **calibrated,
       )
       if len(out["unreadable"]) == out["num_clips"]:
         raise errors.UserError(
@@ -170,13 +158,14 @@ def _evaluate(experiment):
 def plan(experiment, test: benchmarks.Benchmark):
   """Returns (methods, the search for their options, validation's questions).
 
-  The last two are None where nothing is to be chosen. Needs no weights.
+  The search is None without candidates, validation where nothing is to be
+  chosen. Needs no weights.
   """
   evals, found = experiment.config.evals, None
   specs = [*evals.methods, *(evals.oracles if test.decisive else ())]
   methods = [methods_lib.Method.parse(spec) for spec in specs]
   search = option_search.Search.of(experiment, methods)
-  if search:
+  if search or option_search.calibrates(experiment, methods):
     found = load_benchmark(experiment, "validation", evals.select_questions)
   return methods, search, found
 
@@ -379,7 +368,10 @@ def _cell_text(cell) -> str:
   if cell["status"] != "ok":
     return cell["status"]
   share = cell["of_vanilla"]
-  return _interval(cell) + ("" if share is None else f" {share:.0%}")
+  text = _interval(cell) + ("" if share is None else f" {share:.0%}")
+  if most := cell.get("kept_tokens_p95"):
+    text += f", {cell['kept_tokens']:.0f} tokens (95 %: {most:.0f})"
+  return text
 
 
 def _interval(row) -> str:

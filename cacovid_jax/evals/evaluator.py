@@ -4,8 +4,10 @@ A method that cannot be run at a ratio does not stop the others: `run` returns
 why, and the table shows it. What asks is `inference.engine`.
 """
 
+import collections
 import functools
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -21,6 +23,7 @@ from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log, rewards
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, provenance
+from cacovid_jax.evals import throughput as throughput_lib
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 
@@ -54,6 +57,7 @@ class Evaluator:
     """Computes nothing; the task None is that of prepared data."""
     self.engine = engine
     self.task = task or benchmarks.task(benchmarks.PREPARED)
+    self.throughput = throughput_lib.Throughput(engine.source.watch)
 
   def identity(
     self, questions: Sequence[question_lib.Question]
@@ -108,7 +112,8 @@ class Evaluator:
 
     The composition of batches depends on the questions and the shapes of their
     clips alone, so that an evaluation that was stopped, or shared among several
-    processes, gives the same answers.
+    processes, gives the same answers. Where the engine does not wait, a batch
+    is dispatched before the one in front of it is written down.
 
     Args:
       log: of the answers.
@@ -137,29 +142,52 @@ class Evaluator:
     own = list(enumerate(batches))[index::count]
     total = len(conditions) * sum(len(batch) for _, batch in own)
     with progress_lib.Progress(total, description=description) as progress:
-      done = 0
-      for place, (number, batch) in enumerate(own):
-        self._confirm_faults(batch, conditions, log)
-        todo = _lacking(batch, conditions, log, failures)
-        # What is known, and what cannot be run, is no work that is left.
-        done += len(batch) * (len(conditions) - len(todo))
-        if todo:
-          later = [batch for _, batch in own[place + 1 :]]
-          following = _following(later, conditions, log, failures)
-          ahead = [*(question.video for question in batch), *following]
-          source.discard(keep=ahead)
-          source.prefetch(ahead)
-
-          # Conditions that are done, and what is being done now.
-          def tell(asked, what, start=done, rows=batch):
-            progress.update(start + asked * len(rows), note=what)
-
-          log.add(self._ask(batch, todo, failures, number, tell))
-          done += len(batch) * len(todo)
-          _check_any_left(conditions, failures)
-        progress.update(done)
+      with self.throughput.running():
+        self._ask_all(own, conditions, log, failures, progress)
     source.discard()
+    source.to_host()
     return failures
+
+  def _ask_all(self, own, conditions, log, failures, progress) -> None:
+    """Asks numbered batches; the last one is written when the next is asked."""
+    source, waiting, done = self.engine.source, collections.deque(), 0
+
+    def write(ahead: int) -> None:
+      """Writes the answers of the batches in `waiting` but so many."""
+      nonlocal done
+      while len(waiting) > ahead:
+        finish, batch, todo = waiting.popleft()
+        with self.engine.stage("answers"):  # Of any program of the batch.
+          log.add(finish(tell))
+        done += len(batch) * len(todo)
+        progress.update(done, {"clips/s": self.throughput.add(batch)})
+
+    def tell(what: str, more: int = 0) -> None:
+      """Shows what is done now, and answers that are known beside `done`."""
+      progress.update(done + more, note=what)
+
+    for place, (number, batch) in enumerate(own):
+      self._confirm_faults(batch, conditions, log)
+      todo = _lacking(batch, conditions, log, failures)
+      # What is known, and what cannot be run, is no work that is left.
+      done += len(batch) * (len(conditions) - len(todo))
+      if todo:
+        later, least = (b for _, b in own[place + 1 :]), source.num_threads
+        following = _following(later, conditions, log, failures, least)
+        ahead = [*(question.video for question in batch), *following]
+        source.discard(keep=ahead)
+        source.prefetch(ahead)
+        try:
+          finish = self._ask(batch, todo, failures, number, tell)
+        except BaseException:
+          write(0)  # What was asked before is an answer.
+          raise
+        waiting.append((finish, batch, todo))
+        write(int(not self.engine.waits and _any_left(conditions, failures)))
+        _check_any_left(conditions, failures)
+      progress.update(done)
+    write(0)
+    _check_any_left(conditions, failures)
 
   def _confirm_faults(self, batch, conditions, log) -> None:
     """Keeps the answers about clips that still cannot be used, unasked."""
@@ -192,46 +220,67 @@ class Evaluator:
       return None
 
   def _ask(self, questions, todo, failures, number: int, tell):
-    """Returns records of a batch under the conditions `todo`; adds failures."""
-    tell(0, "clips")
-    batch = self.engine.batch(questions)
+    """Asks a batch under the conditions `todo`; adds failures.
+
+    Returns f(tell), which waits for the answers and returns their records, all
+    of a question together.
+    """
+    tell("clips")
+    batch, asked = self.engine.batch(questions), []
     # One prefill gives both the answers and what methods read of it.
     if any(one.method and "attention" in one.method.needs for one in todo):
-      tell(0, methods_lib.VANILLA)
+      tell(methods_lib.VANILLA)
       batch.vanilla(want_attention=True)
-    records = []
-    for asked, condition in enumerate(todo):
+    for condition in todo:
       if condition.place in failures:
         continue  # With an earlier seed.
+      tell(_told(condition))
       if condition.method is None:
-        tell(asked, condition.label)
-        ids, trace = batch.vanilla().ids, None
+        output = batch.vanilla().ids, None
       else:
-        tell(asked, f"{condition.label} at {100 * condition.ratio:g} %")
         ask = functools.partial(batch.output, condition)
         output = self._note(failures, condition, ask, number)
-        if output is None:
-          continue
-        ids, trace = output
+      if output is not None:
+        asked.append((condition, output))
+    batch.release()
+    return functools.partial(
+      self._records, questions, batch, asked, failures, number
+    )
+
+  def _records(self, questions, batch, asked, failures, number: int, tell):
+    """Returns what is written of what was asked; adds failures."""
+    batch.check()
+    # A later batch, which may have been asked by now, has failures of its own.
+    failed = {k for k, failure in failures.items() if failure.batch < number}
+    records = [[] for _ in questions]
+    for place, (condition, (ids, trace)) in enumerate(asked):
+      if condition.place in failed:
+        continue
+      tell(_told(condition), place * len(questions))
+      read = functools.partial(self._facts, questions, batch, condition, trace)
+      facts = self._note(failures, condition, read, number)
+      if facts is None:
+        failed.add(condition.place)
+        continue
       texts = self.engine.decode(ids)
-      facts = self._facts(questions, batch, condition, trace)
       for row, question in enumerate(questions):
         fault = batch.faults.get(row, "")
         record = self._record(question, texts[row], fault) | facts[row]
-        records.append((condition.key(question.id), record))
-    return records
+        records[row].append((condition.key(question.id), record))
+    return list(itertools.chain(*records))
 
   def _facts(self, questions, batch, condition, trace) -> list[dict[str, Any]]:
     """Returns by row what is written of the tokens that an answer is from."""
+    batch.check(condition)
     count, rows = batch.num_video, range(len(questions))
     facts = [{"kept": count, "of": count} for _ in rows]
     usable = [row for row in rows if row not in batch.faults]
     if condition.method is None:
       for row in usable:
-        clip = self.engine.source[questions[row].video]
-        facts[row]["frame_hash"] = clip.frame_hash
-        facts[row]["index_hash"] = clip.index_hash
-        facts[row] |= clip.record.damage
+        record = batch.records[row]
+        facts[row]["frame_hash"] = record.frame_hash
+        facts[row]["index_hash"] = record.index_hash
+        facts[row] |= record.damage
       return facts
     kept = np.asarray(trace.mask).sum(axis=1)
     for row in rows:
@@ -284,11 +333,23 @@ def known(question: question_lib.Question) -> dict[str, Any]:
   return {name: getattr(question, name) for name in _QUESTION} | video
 
 
+def _told(condition: methods_lib.Condition) -> str:
+  if condition.method is None:
+    return condition.label
+  return f"{condition.label} at {100 * condition.ratio:g} %"
+
+
+def _any_left(conditions, failures) -> bool:
+  """Returns whether some method can be run, or none was to be."""
+  asked = [one.place for one in conditions if one.method is not None]
+  return not asked or any(place not in failures for place in asked)
+
+
 def _check_any_left(conditions, failures) -> None:
   """Refuses to go on where no method can be run."""
-  asked = [one.place for one in conditions if one.method is not None]
-  if asked and all(place in failures for place in asked):
-    raise NothingToAsk(failures[asked[0]].reason)
+  if not _any_left(conditions, failures):
+    first = next(one.place for one in conditions if one.method is not None)
+    raise NothingToAsk(failures[first].reason)
 
 
 def _lacking(batch, conditions, log, failures) -> list[methods_lib.Condition]:
@@ -301,21 +362,27 @@ def _lacking(batch, conditions, log, failures) -> list[methods_lib.Condition]:
   ]
 
 
-def _following(batches, conditions, log, failures) -> list[str]:
-  """Returns the clips of the next batch of which something is not known."""
+def _following(batches, conditions, log, failures, least: int) -> list[str]:
+  """Returns clips of which something is not known, in the order of batches.
+
+  Those of the next such batch, and of as many more as have `least` clips.
+  """
+  found = {}
   for batch in batches:
     lacking = _lacking(batch, conditions, log, failures)
     if not lacking:
       continue
     keys = {q.id: [one.key(q.id) for one in lacking] for q in batch}
     faulty = {
-      name: any(log.fault(key) is not None for key in found)
-      for name, found in keys.items()
+      name: any(log.fault(key) is not None for key in of)
+      for name, of in keys.items()
     }
     # Where only faults are left, the other clips are as a rule not needed.
     only_faults = all(
-      faulty[name] or all(key in log for key in found)
-      for name, found in keys.items()
+      faulty[name] or all(key in log for key in of) for name, of in keys.items()
     )
-    return [q.video for q in batch if faulty[q.id] or not only_faults]
-  return []
+    own = [q.video for q in batch if faulty[q.id] or not only_faults]
+    found |= dict.fromkeys(own)
+    if len(found) >= least:
+      break
+  return list(found)

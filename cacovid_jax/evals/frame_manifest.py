@@ -62,8 +62,7 @@ class FrameManifest:
         )
       self._given.read()
     if os.path.isfile(path):
-      with files.claim(self._own.path, wait=True):
-        self._own.update()
+      files.shared(self._own.path, self._own.update)
       for name in sorted(self._own.entries.keys() & self._given.entries.keys()):
         self._own.check_same(self._given.entries[name])
 
@@ -116,25 +115,26 @@ class FrameManifest:
 
   def add(self, entry: FrameRecord) -> None:
     """Writes a clip's line, once."""
+    if self._own.entries.get(entry.video) != entry:
+      files.shared(self._own.path, functools.partial(self._add, entry))
+
+  def _add(self, entry: FrameRecord) -> None:
     own = self._own
-    if own.entries.get(entry.video) == entry:
+    own.update()  # What other processes have found in the meantime.
+    known = own.entries.get(entry.video)
+    if known is not None and not known.fault:
+      if not entry.fault:
+        own.check_same(entry)
       return
-    with files.claim(own.path, wait=True):
-      own.update()  # What other processes have found in the meantime.
-      known = own.entries.get(entry.video)
-      if known is not None and not known.fault:
-        if not entry.fault:
-          own.check_same(entry)
-        return
-      if known == entry:
-        return
-      fields = dataclasses.asdict(entry).items()
-      records = [{k: value for k, value in fields if value != _EMPTY[k]}]
-      if not own.decoder:
-        header = {"num_frames": own.num_frames, "decoder": self._decoder}
-        records.insert(0, {_HEADER: header})
-      json_lines.append(own.path, records)
-      own.update()
+    if known == entry:
+      return
+    fields = dataclasses.asdict(entry).items()
+    records = [{k: value for k, value in fields if value != _EMPTY[k]}]
+    if not own.decoder:
+      header = {"num_frames": own.num_frames, "decoder": self._decoder}
+      records.insert(0, {_HEADER: header})
+    json_lines.append(own.path, records)
+    own.update()
 
   def _source(self, name: str) -> "_File":
     return self._given if name in self._given.entries else self._own

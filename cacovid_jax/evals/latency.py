@@ -125,7 +125,8 @@ class Stopwatch:
       ratio,
     )
     inputs = self._subject.inputs(condition)
-    reads = sum(self._read(need, method) for need in sorted(method.needs))
+    needs = sorted(method.needs)
+    reads = sum(self._read(need, method, ratio) for need in needs)
     if compressor.selects_first:
       program = self._programs.select(compressor, ratio, grid)
       return Cost(self._median(lambda: program(inputs)), reads), None
@@ -135,14 +136,14 @@ class Stopwatch:
     answer = self._answer(methods_lib.Condition(even, ratio))
     return Cost(max(whole - answer, 0.0), reads), whole
 
-  def _read(self, need: str, method: methods_lib.Method) -> float:
+  def _read(self, need: str, method: methods_lib.Method, ratio) -> float:
     """Returns the milliseconds of what a method reads; 0 for by-products."""
     if need == "attention":
       return self.vanilla(want_attention=True)
     if not need.endswith("scores"):
       return 0.0
     policy, grid = self._subject.policy(method), self._subject.grid
-    given = policy.module, policy.params, self._batch, grid
+    given = policy.module, policy.params, self._batch, grid, ratio
     return self._once(
       ("scores", id(policy)), lambda: self._programs.scores(*given)
     )

@@ -1,5 +1,9 @@
-"""Options of methods, chosen by their accuracy on the validation split."""
+"""Options of methods, chosen on the validation split.
 
+By accuracy, or so that what each question gets has the asked mean.
+"""
+
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +12,7 @@ import numpy as np
 
 from cacovid_jax import config as config_lib
 from cacovid_jax import errors
-from cacovid_jax.compressors import base
+from cacovid_jax.compressors import base, budgets
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import benchmarks, results
 from cacovid_jax.evals import evaluator as evaluator_lib
@@ -109,3 +113,84 @@ def accuracy(condition, questions, answers) -> float:
   """Returns the mean score of these questions' answers under a condition."""
   keys = [condition.key(question.id) for question in questions]
   return float(np.mean([answers[key]["score"] for key in keys]))
+
+
+def calibrates(experiment, methods) -> bool:
+  """Returns whether a method's threshold is to be chosen, and can be."""
+  evals = experiment.config.evals
+  can = benchmarks.task(evals.benchmark).can_choose(evals.split)
+  return any(map(is_open, methods)) and can and evals.select_on != "none"
+
+
+def is_open(method) -> bool:
+  """Returns whether a method lacks a threshold, as of `cacovid`."""
+  return getattr(method.compressor, "uncalibrated", False)
+
+
+def calibrate(
+  engine,
+  validation: benchmarks.Benchmark | None,
+  methods: Sequence[methods_lib.Method],
+  ratios: Sequence[float],
+) -> tuple[list[methods_lib.Method], dict[str, Any]]:
+  """Returns methods with thresholds of the asked mean size, and the record.
+
+  On usable clips of the validation questions; no answer is looked at. The
+  record is the section `calibrated` of results.json, nothing without any.
+  """
+  lacking = [one for one in methods if is_open(one)]
+  if not lacking or validation is None:
+    return list(methods), {}
+  conditions = [
+    methods_lib.Condition(one, ratio) for one in lacking for ratio in ratios
+  ]
+  measured = _measure(engine, validation.questions, conditions)
+  out, record = list(methods), {}
+  for place, method in enumerate(methods):
+    found = tuple(
+      (one.ratio, _threshold(measured[one], one.ratio))
+      for one in conditions
+      if one.method is method and measured[one]
+    )
+    if not found:
+      continue
+    spec = f"{method.spec}&threshold={found}".replace(" ", "")
+    chosen = method.compressor.with_options(threshold=found)
+    out[place] = dataclasses.replace(method, spec=spec, compressor=chosen)
+    record[method.label] = {
+      "split": validation.split,
+      "n": len(validation.questions),
+      "spec": spec,
+      "thresholds": {results.ratio_key(r): value for r, value in found},
+    }
+  return out, {"calibrated": record} if record else {}
+
+
+def _measure(engine, questions, conditions) -> dict[Any, list]:
+  """Returns condition -> (mass left, shares kept) float[S] of each question.
+
+  None of a condition that cannot be run: asking under it tells why.
+  """
+  found = {condition: [] for condition in conditions}
+  for group in engine.batches(questions):
+    grid, batch = engine.grid_of(group[0]), engine.batch(group)
+    usable = [row for row in range(len(group)) if row not in batch.faults]
+    for condition in conditions:
+      compressor, ratio = condition.method.compressor, condition.ratio
+      with contextlib.suppress(errors.UserError):
+        engine.check(condition, grid)
+        left = compressor.mass_left_batch(batch.inputs(condition), ratio=ratio)
+        shares = np.array(compressor.row_sizes(grid, ratio)) / batch.num_video
+        found[condition] += [(np.asarray(left[row]), shares) for row in usable]
+  return found
+
+
+def _threshold(measured, ratio: float) -> float:
+  # Small grids have fewer sizes: the largest stands for those that are not.
+  most = max(len(left) for left, _ in measured)
+  rows = [
+    [np.pad(x, (0, most - len(x)), mode="edge") for x in row]
+    for row in measured
+  ]
+  left, shares = np.array(rows).swapaxes(0, 1)
+  return budgets.mean_threshold(left, shares, ratio)

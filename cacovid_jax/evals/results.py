@@ -81,7 +81,8 @@ def build(
     table: what to tabulate; the ledger must hold all of it, but for failures.
     failures: what `Evaluator.run` could not ask: cells without accuracy.
     decisive: question id -> tokens that decide it, for the frame head.
-    **sections: `chosen`, `rule`, `rouge` and `left_out`.
+    **sections: `chosen`, `rule`, `rouge`, `left_out`, and `calibrated` where
+      thresholds were chosen.
   """
   failures = failures or {}
   records = _records(table, ledger, _WHOLE)
@@ -287,6 +288,9 @@ def _cell(table, ledger, method, ratio, vanilla):
     "equivalent_ratio": number(np.mean(equivalent)),
     "status": "ok",
   }
+  kept = [record["kept"] for record in records]
+  if len(set(kept)) > 1:  # Not all questions have as many.
+    out["kept_tokens_p95"] = number(np.percentile(kept, 95))
   if forced := np.mean([record.get("forced", False) for record in records]):
     # Questions where the rule was changed to stay within the budget.
     out["forced"] = number(forced)

@@ -65,6 +65,7 @@ class Shard(NamedTuple):
 
 def ledgers(workdir: pathlib.Path, name: str) -> list[pathlib.Path]:
   """Returns all ledgers of a shared workdir, of a name like "answers.jsonl"."""
+  files.refresh(workdir)
   stem, _, suffix = map(re.escape, name.partition("."))
   pattern = re.compile(rf"{stem}(-[0-9]+-of-[0-9]+)?\.{suffix}")
   return sorted(
@@ -127,7 +128,7 @@ class ShardStatus:
 
   def start(self) -> None:
     """Takes this process's own note away, if there is one."""
-    self._path(self.shard).unlink(missing_ok=True)
+    files.remove(self._path(self.shard))
 
   def done(self, failures: evaluator_lib.Failures) -> None:
     """Notes that this process has asked its share, less what failed."""
@@ -144,6 +145,7 @@ class ShardStatus:
     Where all are done, failures are as one process alone would find them: the
     reason is that of the first batch that showed it.
     """
+    files.refresh(self.workdir)
     missing, found = [], {}
     for index in range(self.shard.count):
       entries = self._read(index)

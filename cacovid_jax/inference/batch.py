@@ -20,6 +20,7 @@ from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import prompt_batch
 from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.policy import network
 
 _CONTINUATION_STEP = 8  # Lengths are rounded up to it: few programs for many.
 
@@ -56,7 +57,9 @@ class BatchRunner:
 
   What several methods read (scores of a policy, attention of the whole prompt,
   the question's text) is computed when the first one looks at it. `faults` say
-  by row why a clip cannot be used; `batch` is a `prompt_batch.PromptBatch`.
+  by row why a clip cannot be used, `records` are those of the clips; `batch` is
+  a `prompt_batch.PromptBatch`.
+  Unless the engine waits, `check` tells of numbers that are not finite.
   """
 
   def __init__(self, engine: Any, questions: Sequence):
@@ -72,22 +75,21 @@ class BatchRunner:
     size = engine.settings.batch_size
     self._rows = prompt_batch.pad_rows(len(questions), size)
     self._scores, self._parts, self._vanilla = {}, {}, None
+    # bool[B] of what is read of the tower, and by key of the scores.
+    self._finite: list[jax.Array] = []
+    self._finite_scores: dict[tuple, jax.Array] = {}
     with engine.timed("clips"):
       self._clips = [engine.source[question.video] for question in questions]
-    for question, clip in zip(questions, self._clips, strict=True):
-      if not np.isfinite(clip.features).all():
-        raise errors.UserError(
-          f"the features of {question.video} hold NaN or infinity; check the"
-          " checkpoint and its dtype, or empty the folder of cached features"
-        )
-    rows = enumerate(self._clips)
-    self.faults = {row: clip.fault for row, clip in rows if clip.fault}
-    with engine.timed("prompts"):
+    self.records = [clip.record for clip in self._clips]
+    rows = enumerate(self.records)
+    self.faults = {row: record.fault for row, record in rows if record.fault}
+    with engine.timed("prompts") as follow:
       features = self._of_clips(lambda clip: clip.features, 0)
       deep = None
       if engine.checkpoint.model.num_deep:
         deep = self._of_clips(lambda clip: clip.deep, 1)
       self.batch = self._prompts(questions, features, deep)
+      follow(self.batch.x)
 
   def vanilla(self, want_attention: bool = False) -> programs_lib.Vanilla:
     """Returns the answers to the whole prompts; computed once."""
@@ -129,8 +131,34 @@ class BatchRunner:
     return make(compressor, condition.ratio, self.grid, **options)
 
   def _timed(self, name: str, function, *args, **options):
-    with self._e.timed(name):
-      return jax.block_until_ready(function(*args, **options))
+    with self._e.timed(name) as follow:
+      return follow(function(*args, **options))
+
+  def release(self) -> None:
+    """Lets go of the clips and prompts: nothing more is asked about them."""
+    self.batch, self._clips, self._parts = None, [], {}
+
+  def check(self, condition=None) -> None:
+    """Refuses what is not finite: features, or scores that a method reads."""
+    for finite in self._finite:
+      for row in np.flatnonzero(~np.asarray(finite))[:1]:
+        raise errors.UserError(
+          f"the features of {self._questions[row].video} hold NaN or infinity;"
+          " check the checkpoint and its dtype, or empty the folder of cached"
+          " features"
+        )
+    method = condition and condition.method
+    for field in method.score_fields if method else ():
+      name = method.follows(self._e.policies)
+      self._check_scores(self._score_key(field, name, condition))
+
+  def _check_scores(self, key) -> None:
+    field, name, *_ = key
+    if not np.asarray(self._finite_scores[key]).all():
+      raise errors.UserError(
+        f"{field.replace('_', ' ')} of policy {name!r} hold NaN or"
+        " infinity; check how it was trained"
+      )
 
   def kept(self, condition, chosen=None) -> list[KeptTokens]:
     """Returns what a condition keeps of each clip; `chosen` saves computing."""
@@ -139,10 +167,11 @@ class BatchRunner:
       first = method.compressor.selects_first
       chosen = self.select(condition) if first else self.output(condition).trace
     index, mask = np.asarray(chosen.index), np.asarray(chosen.mask)
+    self.check(condition)
     tokens = frames = [None] * len(index)
     if method.score_fields:
       name = method.follows(self._e.policies)
-      scores = self.scores(method.score_fields[0], name, condition.seed)
+      scores = self.scores(method.score_fields[0], name, condition)
       tokens, frames = map(_gap, (scores.token, scores.frame))
     return [
       KeptTokens(index[row][mask[row]], tokens[row], frames[row])
@@ -186,43 +215,52 @@ class BatchRunner:
       selection = self.select(condition)
     return self._programs.read(self._params, self.batch, selection, room)
 
-  def scores(self, field: str, name: str, seed: int):
+  def scores(self, field: str, name: str, condition):
     """Returns a policy's Scores for a field of `CompressorInputs`.
 
-    `seed` is of the untrained policy, or of the draw of another question.
+    The condition's seed is of the untrained policy, or of the draw of another
+    question; its ratio counts for policies that read one.
     """
-    key = field, name, seed if field != "scores" else 0
+    key = self._score_key(field, name, condition)
+    _, _, seed, ratio = key
     if key not in self._scores:
       batch = self.batch
       if field == "other_scores":
-        with self._e.timed("prompts"):
+        with self._e.timed("prompts") as follow:
           others = [
             methods_lib.other_question(question, self._e.pool, seed)
             for question in self._questions
           ]
           batch = self._prompts(others, batch.features, batch.deep)
-      with self._e.timed("policy"):
+          follow(batch.x)
+      with self._e.timed("policy") as follow:
         module = self._e.policies[name].module
         params = self._e.policy_params(field, name, seed)
-        scores = self._programs.scores(module, params, batch, self.grid)
+        given = module, params, batch, self.grid, ratio
+        scores = self._programs.scores(*given)
         scores = scores._replace(
           frame=self._own(scores.frame, 1, self._shape[0]),
           token=self._own(scores.token, 1),
         )
-        if not all(np.isfinite(x).all() for x in jax.tree.leaves(scores)):
-          raise errors.UserError(
-            f"{field.replace('_', ' ')} of policy {name!r} hold NaN or"
-            " infinity; check how it was trained"
-          )
+        self._finite_scores[key] = follow(_finite_rows(scores))
+        if self._e.waits:
+          self._check_scores(key)
       self._scores[key] = scores
     return self._scores[key]
+
+  def _score_key(self, field: str, name: str, condition):
+    """Returns (field, name, seed, ratio) of what depends on no other."""
+    seed = condition.seed if field != "scores" else 0
+    reads_ratio = network.reads_ratio(self._e.policies[name].module)
+    return field, name, seed, condition.ratio if reads_ratio else None
 
   def top_frames(self, condition) -> list[list[int]] | None:
     """Returns all frames of each question, best first, by frame score."""
     method = condition.method
     if method is None or "scores" not in method.needs:
       return None
-    gap = _gap(self.scores("scores", method.follows(self._e.policies), 0).frame)
+    name = method.follows(self._e.policies)
+    gap = _gap(self.scores("scores", name, condition).frame)
     return np.argsort(-gap, axis=1, kind="stable").tolist()
 
   def inputs(self, condition) -> base.CompressorInputs:
@@ -232,7 +270,7 @@ class BatchRunner:
     for need in sorted(method.needs):
       if need in method.score_fields:
         name = method.follows(self._e.policies)
-        parts[need] = self.scores(need, name, condition.seed)
+        parts[need] = self.scores(need, name, condition)
       else:
         parts[need] = self._part(need)
     if method.compressor.stochastic:
@@ -253,8 +291,7 @@ class BatchRunner:
         part = self._decisive()
       else:
         # What the vision tower hands out beside the features.
-        found = [self._clips[row].extras[need] for row in self._rows]
-        part = jnp.asarray(np.stack(found))
+        part = self._stacked([clip.extras[need] for clip in self._clips])
       self._parts[need] = part
     return self._parts[need]
 
@@ -269,10 +306,20 @@ class BatchRunner:
 
   def _of_clips(self, read, axis: int) -> jax.Array:
     """Returns an array of each clip, zeros behind its N along `axis`."""
-    size = self.grid.bucket.tokens
-    found = [read(self._clips[row]) for row in self._rows]
-    padded = [prompt_batch.pad_tokens(x, size, axis) for x in found]
-    return jnp.asarray(np.stack(padded))
+    size, found = self.grid.bucket.tokens, map(read, self._clips)
+    return self._stacked(
+      [prompt_batch.pad_tokens(x, size, axis) for x in found]
+    )
+
+  def _stacked(self, arrays) -> jax.Array:
+    """Returns what was read of each clip, leading axis B."""
+    rows = [arrays[row] for row in self._rows]
+    on_device = any(isinstance(x, jax.Array) for x in arrays)
+    joined = jnp.stack(rows) if on_device else jnp.asarray(np.stack(rows))
+    self._finite.append(_finite_rows(joined))
+    if self._e.waits:
+      self.check()
+    return joined
 
   def _own(self, x, axis: int, size: int | None = None):
     """Returns x without what is the bucket's only: the first N of an axis."""
@@ -317,6 +364,16 @@ class BatchRunner:
     hashes = np.array(list(map(question_lib.question_hash, names)), np.uint32)
     key = jax.random.key(seed)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(hashes))
+
+
+@jax.jit
+def _finite_rows(tree) -> jax.Array:
+  """Returns bool[B]: whether all is finite in a row of arrays [B, ...]."""
+  rows = [
+    jnp.isfinite(x).reshape(len(x), -1).all(axis=1)
+    for x in jax.tree.leaves(tree)
+  ]
+  return jnp.stack(rows).all(axis=0)
 
 
 def _gap(scores) -> np.ndarray:

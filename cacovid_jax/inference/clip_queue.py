@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
@@ -16,17 +17,23 @@ from cacovid_jax.inference import clips, features
 from cacovid_jax.models import hub, video_llm
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
   """A store of which `queue[path]` is an encoded clip, or has its fault.
 
-  Two threads decode ahead what `prefetch` names. Where grids differ, `survey`
+  Threads decode ahead what `prefetch` names. Where grids differ, `survey`
   finds them before anything is decoded.
   """
+
+  _: dataclasses.KW_ONLY
+  num_threads: int = 2
 
   def __post_init__(self, params, mesh):
     super().__post_init__(params, mesh)
     self._faults: dict[str, str] = {}
-    self._pool = concurrent.futures.ThreadPoolExecutor(2, "decode")
+    self._pool = concurrent.futures.ThreadPoolExecutor(
+      self.num_threads, "decode"
+    )
     self._ahead: dict[str, concurrent.futures.Future] = {}
 
   def survey(self, paths: Iterable[str]) -> None:
@@ -98,6 +105,8 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
   def close(self) -> None:
     """Stops the threads."""
     self._pool.shutdown(cancel_futures=True)
+    if self.watch:
+      self.watch.close()
 
   def __exit__(self, *exc_info):
     self.close()
@@ -154,17 +163,20 @@ def read_processor(experiment: experiment_lib.Experiment):
 
 
 def open_queue(
-  experiment, want=frozenset(), *, keep=0, grid=None, **reading
+  experiment, want=frozenset(), *, keep=0, grid=None, watch=None, **reading
 ) -> ClipQueue:
   """Returns the encoded clips of config.data, at the frames of config.evals.
 
-  `keep` of them are held in memory, 0 for those of this batch and of the next;
-  `reading` are options of `clips.ClipReader`.
+  `keep` of them are held in memory, 0 for those of this batch and of the next,
+  and for those of one batch where a `watch` leaves them on the device;
+  `reading` are options of `clips.ClipReader`, `watch` is as of the store.
   """
   config = experiment.config
+  most = (1 if watch else 2) * config.evals.batch_size
   return features.open_store(
     experiment, read_processor(experiment),
     frames_lib.FrameRule(config.data.num_frames, config.evals.frame_rule),
-    make=ClipQueue, keep=keep or 2 * config.evals.batch_size, want=want,
+    make=ClipQueue, keep=keep or most, want=want,
+    num_threads=max(config.data.num_threads, 1), watch=watch,
     reading=reading, **({} if grid is None else {"grid": grid}),
   )  # fmt: skip

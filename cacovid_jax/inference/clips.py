@@ -25,13 +25,14 @@ class EncodedClip:
 
   `arrays` are float32: "features" [N, D], "deep" [S, N, D] of models that have
   it, and the wanted ones of `video_llm.SIGNALS`; zeros of a clip that cannot be
-  used.
+  used. They lie on the host, or on the device and may still be computed.
   """
 
   record: frame_record.FrameRecord
   grid: tuple[int, int, int]  # (T, H, W).
-  arrays: Mapping[str, np.ndarray]
-  second_per_grid_t: float = 1.0  # See `video_llm.VideoFeatures`.
+  arrays: Mapping[str, np.ndarray | jax.Array]
+  # See `processors.TowerInputs`.
+  second_per_grid_t: float | tuple[float, ...] = 1.0
   warnings: tuple[str, ...] = ()  # What makes frames less than they seem.
 
   @property
@@ -112,7 +113,7 @@ class ClipReader:
       file = video.safe_path(self.root, path)
       size = self.call(video.frame_size, file, limits=self.limits)
     try:
-      return self.processor.grid(self.rule.num_frames, *size)
+      return self.processor.grid(self._count(path), *size)
     except frames_lib.ShapeError as error:
       raise video.bad_shape(path, error) from error
 
@@ -130,7 +131,7 @@ class ClipReader:
     if self.refused:
       self.content(path)
     resize = functools.partial(
-      self.processor.resize_frame, num_frames=self.rule.num_frames,
+      self.processor.resize_frame, num_frames=self._count(path),
       above=self.min_side,
     )  # fmt: skip
     shown = self.decode(path, resize)
@@ -143,12 +144,36 @@ class ClipReader:
         file, "unreadable", error.strerror or ""
       ) from error
     record = frame_record.FrameRecord.of(path, shown, content)
-    fps = frames_lib.sampled_fps(len(shown.frames), shown.duration)
-    inputs = self.processor(shown.frames, fps=fps, resized=True)
+    inputs = self._inputs(file, shown)
     apart = inputs.second_per_grid_t
     clip = EncodedClip(record, inputs.grid, {}, apart, shown.warnings)
     plain = self.rule(shown.num_frames, shown.duration)
     return clip, inputs, record.indices == tuple(plain.tolist())
+
+  def _count(self, path: str) -> int:
+    """Returns T of a clip, which is looked into where that differs."""
+    if (known := self.known(path)) and known.indices:
+      return len(known.indices)
+    if self.rule.fills:
+      return self.rule.num_frames
+    file = video.safe_path(self.root, path)
+    found = self.call(video.probe, file, limits=self.limits)
+    return len(self.rule(found.num_frames, found.duration))
+
+  def _inputs(self, file: str, shown: video.Clip) -> processors.TowerInputs:
+    """Returns what the tower takes of frames that are resized already."""
+    rate = frames_lib.source_fps(shown.num_frames, shown.duration)
+    if rate is None and self.processor.tells_time:
+      raise video.VideoError(
+        file, "unreadable", "its frames a second are not known, and prompts of"
+        " this model tell the time"
+      )  # fmt: skip
+    return self.processor(
+      shown.frames,
+      fps=frames_lib.sampled_fps(len(shown.frames), shown.duration),
+      times=None if rate is None else shown.indices / rate,
+      resized=True,
+    )
 
   def check(self, path: str, record: frame_record.FrameRecord) -> None:
     """Refuses frames that are too small or replaced, or not those known."""
@@ -180,25 +205,27 @@ class Tower:
     params = {k: v for k, v in (params or {}).items() if k != "language_model"}
     if mesh is not None:
       params = mesh_lib.put(params, mesh, mesh_lib.P())
-    self._params = params
+    self._params, self._over = params, mesh_lib.mesh_of(params)
 
   def __call__(self, names: frozenset[str], inputs) -> list[dict[str, Any]]:
-    """Returns {name: float32 array} of each of the clips' TowerInputs."""
+    """Returns {name: float array} of each of the clips' TowerInputs.
+
+    On one device they are not waited for.
+    """
     wanted = [()] if FEATURES in names else []
     if signals := video_llm.check_signals(names - {FEATURES}):
       wanted.append(signals)
     found = [{} for _ in inputs]
     for signals in wanted:
       for out, new in zip(found, self._run(signals, inputs), strict=True):
-        # In float32 as on disk, so that a hit changes no type or bit.
-        out |= {k: np.asarray(v, np.float32) for k, v in new.items()}
+        out |= new
     return found
 
   def _run(self, signals, inputs) -> list[dict[str, jax.Array]]:
-    program = tower_program(self._model, signals, self._mesh)
-    if self._mesh is None:
-      out = [program(self._params, one) for one in inputs]
-      return jax.block_until_ready(out)
+    rows = self._mesh is not None
+    program = tower_program(self._model, signals, self._over, rows=rows)
+    if not rows:
+      return [program(self._params, one) for one in inputs]
     count = len(inputs)
     inputs = [*inputs, *[inputs[-1]] * (self.rows - count)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *inputs)
@@ -207,11 +234,12 @@ class Tower:
 
 
 @functools.lru_cache(maxsize=32)
-def tower_program(model, signals, mesh):
+def tower_program(model, signals, mesh, *, rows=False):
   """Returns the jitted tower; stores of equal models compile it once.
 
-  A function of weights and `TowerInputs` (of one clip, or on a mesh several):
-  {FEATURES and perhaps DEEP}, or {name: array} of the wanted signals.
+  A function of weights, which lie on the mesh, and `TowerInputs` of one clip,
+  or with `rows` of several: {FEATURES and perhaps DEEP}, or {name: array} of
+  the wanted signals.
   """
 
   def encode(params, inputs):
@@ -222,8 +250,8 @@ def tower_program(model, signals, mesh):
     found = {FEATURES: video.features, DEEP: video.deep}
     return {k: v for k, v in found.items() if v is not None}
 
-  if mesh is None:
-    return mesh_lib.jit(encode, "tower")
+  if not rows:
+    return mesh_lib.jit(mesh_lib.whole(encode, mesh), "tower")
   return mesh_lib.jit_rows(
     lambda params, inputs: jax.lax.map(lambda one: encode(params, one), inputs),
     mesh,

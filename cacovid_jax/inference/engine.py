@@ -9,7 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,10 +75,14 @@ class AnswerResult(NamedTuple):
 class Engine:
   """A model, its prompts and its programs; computes nothing yet.
 
+  With a source that has a `watch`, nothing waits for the device but what reads
+  numbers; what was computed from is looked at by `batch.BatchRunner.check`.
+
   Attributes:
     grids: exact (T, H, W) of the clips.
     pool: questions that `cacovid_other_question` draws from.
-    seconds: spent so far, by what they were spent on.
+    seconds: spent so far, by what they were spent on; what a `watch` follows
+      stands there.
   """
 
   checkpoint: Any  # `models.checkpoints.Checkpoint` with a tokenizer.
@@ -170,7 +174,8 @@ class Engine:
     method = condition.method
     for need in sorted(method.needs):
       if need in method.score_fields:
-        self.policies[method.follows(self.policies)]
+        name = method.follows(self.policies)
+        self.policies[name].check_ratio(name, condition.ratio)
       elif need in base.VISION_SIGNALS:
         if need not in self.source.want:
           raise errors.UserError(
@@ -261,12 +266,38 @@ class Engine:
       self._untrained[key] = untrained.params
     return self._untrained[key]
 
+  def stage(self, name: str):
+    """Returns a context whose errors of the device name it and a remedy."""
+    size, frames = self.settings.batch_size, self.settings.num_frames
+    less = f"lower the batch size of {size} (evals. or validation.batch_size)"
+    if size == 1:
+      less = f"lower data.num_frames={frames}, or set config.mesh.model=2"
+    return errors.during(f"computing {name!r} of {size} at once", less)
+
+  @property
+  def waits(self) -> bool:
+    """Whether each program is waited for before the next one."""
+    return self.source.watch is None
+
   @contextlib.contextmanager
-  def timed(self, name: str) -> Iterator[None]:
-    """Adds what the block takes to `seconds`."""
+  def timed(self, name: str) -> Iterator[Callable[[Any], Any]]:
+    """Adds what the block takes to `seconds`, or that of its programs.
+
+    Yields a function that returns what a program gave, waited for or watched.
+    """
     start = time.perf_counter()
-    yield
-    self.seconds[name] += time.perf_counter() - start
+    watch, seen = self.source.watch, []
+
+    def follow(out):
+      if watch is None:
+        return jax.block_until_ready(out)
+      seen.append(name)
+      return watch.add(name, start, out)
+
+    with self.stage(name):
+      yield follow
+    if not seen:
+      self.seconds[name] += time.perf_counter() - start
 
 
 def by_clip(questions) -> list[question_lib.Question]:

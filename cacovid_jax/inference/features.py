@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
@@ -24,7 +25,7 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import decode_workers, feature_cache, frame_record, video
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.inference import clips
+from cacovid_jax.inference import clips, device_watch
 from cacovid_jax.models import processors, token_grid, video_llm
 
 SHOWN_SIDE = 320  # Pixels of the longer side of frames in reports.
@@ -65,13 +66,16 @@ class FeatureStore:
   want: Iterable[str] = ()  # Of `video_llm.SIGNALS`, what each clip brings.
   cache: feature_cache.FeatureCache | None = None  # On disk.
   keep: int = 64  # Clips held in memory.
+  # Features stay on the device, not waited for, if there is one: it notes when
+  # they are done. What goes to disk is waited for all the same.
+  watch: device_watch.DeviceWatch | None = None
   # Its `data` axis shares the clips that are encoded at once.
   mesh: dataclasses.InitVar[Mesh | None] = None
 
   def __post_init__(self, params, mesh):
     self.want = frozenset(video_llm.check_signals(self.want))
     reader, self.buckets = self.reader, tuple(self.buckets)
-    grid = self.grid or reader.processor.fixed_grid(reader.rule.num_frames)
+    grid = self.grid or reader.processor.grid_of(reader.rule)
     self.grid = tuple(grid) if grid else None
     self._given = self.grid is not None
     self._grids: dict[str, tuple[int, int, int]] = {}  # Of surveyed clips.
@@ -87,7 +91,7 @@ class FeatureStore:
 
   def __getstate__(self):
     # For loading ahead in processes, which encode nothing.
-    state = dict(self.__dict__, _tower=None)
+    state = dict(self.__dict__, _tower=None, watch=None)
     del state["_clips"], state["_lock"]
     return state
 
@@ -100,7 +104,7 @@ class FeatureStore:
   @property
   def identity(self) -> dict[str, Any]:
     """What features depend on besides the checkpoint and T, for a log."""
-    found = {}
+    found = dict(self.model.prompt_rule)
     if not self.reader.processor.one_grid:
       found["preprocessing"] = self.reader.processor.identity
     if self.reader.rule.name != frames_lib.EVAL_RULE:
@@ -119,6 +123,13 @@ class FeatureStore:
     """Forgets the clips in memory: the next one is decoded anew."""
     with self._lock:
       self._clips.clear()
+
+  def to_host(self) -> None:
+    """Moves the features in memory off the device."""
+    with self._lock:
+      for path, clip in self._clips.items():
+        arrays = jax.device_get(dict(clip.arrays))
+        self._clips[path] = dataclasses.replace(clip, arrays=arrays)
 
   def frames(self, path: str, side: int = SHOWN_SIDE) -> np.ndarray:
     """Returns uint8[T,h,w,3], no side above `side`; may raise `VideoError`."""
@@ -194,17 +205,24 @@ class FeatureStore:
       groups[bucket, frozenset(lacks)].append(one)
     for (_, lacks), members in groups.items():
       for start in range(0, len(members), self.rows):
-        part = members[start : start + self.rows]
+        part, called = members[start : start + self.rows], time.perf_counter()
         new = self._tower(lacks, [one.inputs for one in part])
+        if self.watch:
+          self.watch.add("tower", called, new)
         for one, arrays in zip(part, new, strict=True):
-          count = int(np.prod(one.clip.grid))
-          for name, value in arrays.items():
-            # Without a bucket's padding; a copy, lest it holds other clips.
-            own = value[:, :count] if name == clips.DEEP else value[:count]
-            arrays[name] = np.array(own)
-            told = f"{name.replace('_', ' ')} of the vision tower"
-            base.check_finite(arrays[name], told)
-          yield one, arrays
+          yield one, {k: self._own(one, k, v) for k, v in arrays.items()}
+
+  def _own(self, one: Loaded, name: str, value) -> np.ndarray | jax.Array:
+    """Returns a clip's float32 rows of what the tower made of it."""
+    count = int(np.prod(one.clip.grid))
+    own = value[:, :count] if name == clips.DEEP else value[:count]
+    # In float32 as on disk, so that a hit changes no type or bit.
+    if self.watch and one.key is None:
+      return jnp.asarray(own, jnp.float32)
+    # A copy, lest it holds other clips.
+    own = np.array(own, np.float32)
+    base.check_finite(own, f"{name.replace('_', ' ')} of the vision tower")
+    return own
 
   def _check(self, path: str, clip: clips.EncodedClip) -> None:
     """Refuses frames that are not those known, or that no program takes."""
@@ -220,7 +238,7 @@ class FeatureStore:
       return
     # Other clips that fit no bucket tell that the buckets are wrong.
     _, rows, columns = clip.grid
-    _, most = reader.processor.patch_tokens(reader.rule.num_frames)
+    _, most = reader.processor.patch_tokens(reader.rule.fewest)
     if rows * columns > most:
       file = video.safe_path(reader.root, path)
       detail = f"long and narrow: {columns} x {rows} tokens, above {most}"
@@ -267,6 +285,8 @@ class FeatureStore:
         record = {**facts["record"], "video": path}
         facts["record"] = frame_record.FrameRecord(**record)
         facts |= {name: tuple(facts[name]) for name in ("grid", "warnings")}
+        if isinstance(apart := facts["second_per_grid_t"], list):
+          facts["second_per_grid_t"] = tuple(apart)
         clip = clips.EncodedClip(**facts)
       except (KeyError, TypeError):
         continue
@@ -312,11 +332,11 @@ def open_store(
   """
   data, checkpoint = experiment.config.data, experiment.loaded
   folder = data.feature_cache
-  if not processor.one_grid and "grid" not in options:
+  if processor.grid_of(rule) is None and "grid" not in options:
     # Those that training was given may be for fewer frames.
     strict = options.get("only_buckets", False)
     options["buckets"] = token_grid.make_buckets(
-      data.buckets, processor, rule.num_frames, strict=strict
+      data.buckets, processor, rule, strict=strict
     )
   reader = clips.ClipReader(
     experiment_lib.media_root(experiment.config), processor, rule,

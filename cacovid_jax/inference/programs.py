@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cacovid_jax.compressors import base, layerwise
 from cacovid_jax.models import generation, layers, prompt_batch, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.policy import network
 
 # Programs that read prompts.
 _PREFILLS = ("answer", "text only", "vanilla", "select and answer")
@@ -140,16 +142,21 @@ class Programs:
     answer = functools.partial(self._vanilla, want_attention=want_attention)
     return self._once("vanilla", want_attention, answer)(params, batch)
 
-  def scores(self, module, params, batch: prompt_batch.PromptBatch, grid):
-    """Returns the Scores of a policy module with its parameters."""
+  def scores(self, module, params, batch, grid, ratio: float):
+    """Returns the Scores of a policy module for a `PromptBatch`.
+
+    The ratio is data, and given to modules alone that read it.
+    """
     score = functools.partial(_scores, module)
-    program = self._once("scores", module, score, weights=(0, 2))
-    return program(params, batch, token_grid.TokenGrid.of(grid))
+    program = self._once("scores", module, score, weights=(0, 2, 3))
+    ratio = np.float32(ratio) if network.reads_ratio(module) else None
+    return program(params, batch, token_grid.TokenGrid.of(grid), ratio)
 
   def select(self, compressor: base.Compressor, ratio: float, grid):
     """Returns f(`CompressorInputs`) -> `Selection`, both with leading axis B.
 
-    Its rows are those of the grid's bucket; `inputs` are of the exact grid.
+    Its rows are those of the grid's bucket, or of the smallest size that holds
+    what is kept, if there are several; `inputs` are of the exact grid.
     """
     grid = token_grid.TokenGrid.of(grid)
     num_keep = compressor.rows(_shape(grid), ratio)
@@ -162,7 +169,8 @@ class Programs:
     # What never sees the question is run for one clip at a time.
     rows = compressor.sees_question
     program = self._once("select", key, select, rows=rows)
-    return lambda inputs: program(compressor.load(), inputs)
+    sizes = compressor.row_sizes(_shape(grid), ratio)
+    return lambda inputs: _cut(program(compressor.load(), inputs), sizes)
 
   def select_and_answer(self, compressor, ratio: float, grid, *, room=None):
     """Returns f(params, batch, inputs) -> (ids, `base.SelectionTrace`).
@@ -190,7 +198,8 @@ class Programs:
     if not compressor.on_host:
       # A cache does not lead with the batch.
       options = {"weights": (0, 3), "rows": room is None}
-      program = self._once("select and answer", key, ask, **options)
+      asked = ask if room is None else mesh_lib.whole(ask, self._mesh)
+      program = self._once("select and answer", key, asked, **options)
     return lambda *arguments: program(*arguments, compressor.load())
 
   def _vanilla(self, params, batch, *, want_attention: bool) -> Vanilla:
@@ -227,11 +236,14 @@ class Programs:
     )  # fmt: skip
 
   def _read(self, params, batch, selection, room):
-    rows, num_video = batch, batch.video_rows.shape[1]
-    if selection is not None:
-      rows = prompt_batch.whole(batch)
-      rows = prompt_batch.keep(rows, selection, num_video=num_video)
-    return _prefill(self._model, params, rows, room)[:2]
+    def read(params, rows, selection):
+      num_video = rows.video_rows.shape[1]
+      if selection is not None:
+        rows = prompt_batch.whole(rows)
+        rows = prompt_batch.keep(rows, selection, num_video=num_video)
+      return _prefill(self._model, params, rows, room)[:2]
+
+    return mesh_lib.whole(read, self._mesh)(params, batch, selection)
 
 
 def read_text(model, params, prompts, count: int):
@@ -261,15 +273,21 @@ def _shape(grid) -> tuple[int, int, int]:
   return tuple(map(int, token_grid.TokenGrid.of(grid).shape))
 
 
-def _scores(module, params, batch: prompt_batch.PromptBatch, grid):
-  # What a policy of one's own reads where all videos have this one.
-  grid = grid.shape if grid.full else grid
+def _scores(module, params, batch: prompt_batch.PromptBatch, grid, ratio):
+  return jax.vmap(
+    lambda prompt: network.score(module, params, prompt, grid, ratio)
+  )(batch)
 
-  def one(x, positions, rows, length):
-    return module.apply({"params": params}, x, positions, rows, grid, length)
 
-  rows, lengths = batch.video_rows, batch.lengths
-  return jax.vmap(one)(batch.x, batch.positions, rows, lengths)
+def _cut(selection: base.Selection, sizes):
+  """Returns selections with the fewest rows, of these sizes, that hold them."""
+  if len(sizes) == 1:
+    return selection
+  most = int(selection.mask.sum(axis=1).max())
+  rows = next(size for size in sizes if size >= most)
+  parts = selection._replace(assign=None)
+  parts = jax.tree.map(lambda leaf: leaf[:, :rows], parts)
+  return parts._replace(assign=selection.assign)
 
 
 def _padded(selection: base.Selection, ratio: float, grid):

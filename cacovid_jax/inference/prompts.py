@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -80,8 +79,8 @@ class Prompts:
       # All rows together are a multiple.
       self.lengths = (_rounded(self.num_video + most) - self.num_video,)
 
-  def prompt(self, name: str, grid, seconds=1.0) -> tokenizer_lib.Prompt:
-    """Returns a question's prompt; temporal patches are `seconds` apart."""
+  def prompt(self, name: str, grid, seconds=None) -> tokenizer_lib.Prompt:
+    """Returns a question's prompt, by seconds of `processors.TowerInputs`."""
     text = self._texts[name]
     return self._model.encode_prompt(self.tokenizer, text, grid, seconds)
 
@@ -102,7 +101,9 @@ class Prompts:
     """
     rows, model = prompt_batch.pad_rows(len(ids), len(features)), self._model
     # In float32, as features are: what follows has the same bits everywhere.
-    apart = [float(np.float32(seconds[row])) for row in rows]
+    # Times of a prompt are text, and stay as they are.
+    apart = [seconds[row] for row in rows]
+    apart = [x if isinstance(x, tuple) else float(np.float32(x)) for x in apart]
     videos = [video_llm.VideoFeatures(None, grid, one) for one in apart]
     prompts = [
       self.prompt(ids[row], grid, one)
@@ -121,8 +122,7 @@ class Prompts:
       jnp.asarray, (padded.ids, padded.length, padded.video_rows)
     )
     return prompt_batch.PromptBatch(
-      # Awaited, so that its time is not taken for that of what follows.
-      x=jax.block_until_ready(embed(ids, features, video_rows)),
+      x=embed(ids, features, video_rows),
       positions=jnp.asarray(positions),
       lengths=lengths,
       video_rows=video_rows,
@@ -141,7 +141,9 @@ def question_span(prompt: tokenizer_lib.Prompt, tokenizer) -> tuple[int, int]:
   """
   style = tokenizer.style
   start = prompt.video_rows[-1] + 1 + style.newline_tokens
-  start += len(style.around[1:])
+  for mark in map(tokenizer.token_id, style.around[1:]):
+    while start < prompt.length and prompt.ids[start] == mark:
+      start += 1  # Of its last temporal patch, and of all of it.
   ends = np.isin(prompt.ids[start:], tokenizer.eos_ids)
   end = start + int(ends.argmax()) if ends.any() else prompt.length
   return start, end

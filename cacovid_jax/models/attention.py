@@ -5,10 +5,12 @@ head i reads kv head i // (N / K)), H head dimension.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from cacovid_jax import config_limits
 
@@ -35,7 +37,8 @@ def attention(
 
   Of q float[B, T, N, H], k and v float[B, S, K, H]. No backend holds a T x S
   map of long sequences in memory, `mask` apart. Queries without any visible key
-  give finite values without meaning.
+  give finite values without meaning. Where an axis `model` of a mesh is left to
+  the compiler, which cannot split kernels, each of its devices computes heads.
 
   Args:
     causal: static; True lets query t see keys up to t only.
@@ -54,10 +57,39 @@ def attention(
     if backend == "splash" and q.shape[1] < _LANES:
       backend = "xla"
   if backend == "cudnn" and _cudnn_can(q, k, mask):
-    return _cudnn(q, k, v, causal, lengths, mask)
+    return _by_heads(_cudnn, causal, q, k, v, lengths, mask)
   if backend == "splash" and mask is None:
-    return _splash(q, k, v, causal, lengths)
+    return _by_heads(_splash, causal, q, k, v, lengths)
   return _xla(q, k, v, causal, lengths, mask)
+
+
+def _by_heads(kernel, causal, q, k, v, *seen):
+  """Returns kernel(q, k, v, causal, *seen), mapped by hand where it must be.
+
+  Devices of the axis `model` compute heads of their own, if it divides them.
+  Where it does not divide kv heads, these are repeated until it does.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = {axis for axis in mesh.auto_axes if mesh.shape[axis] > 1}
+
+  def run(q, k, v, *seen):
+    return kernel(q, k, v, causal, *seen)
+
+  if not axes:
+    return run(q, k, v, *seen)
+  size = mesh.shape["model"]
+  heads = P(None, None, "model") if q.shape[2] % size == 0 else P()
+  if heads != P():
+    times = size // math.gcd(k.shape[2], size)
+    k, v = (jnp.repeat(x, times, axis=2) for x in (k, v))
+  mapped = jax.shard_map(
+    run,
+    in_specs=(heads, heads, heads, *[P()] * len(seen)),
+    out_specs=heads,
+    axis_names=axes,
+    check_vma=False,  # As of `mesh.map_over_data`.
+  )
+  return mapped(q, k, v, *seen)
 
 
 def _cudnn_can(q, k, mask):
@@ -170,11 +202,18 @@ def _cudnn(q, k, v, causal, lengths, mask):
     mask = _visible(q.shape[1], k.shape[1], causal, lengths, mask)
     options = dict(mask=mask[:, None])
   else:
-    lengths = None if lengths is None else lengths.astype(jnp.int32)
-    options = dict(is_causal=causal, key_value_seq_lengths=lengths)
-  return jax.nn.dot_product_attention(
-    q, k, v, implementation="cudnn", **options
-  )
+    options = dict(is_causal=causal)
+  num_queries = q.shape[1]
+  if lengths is not None and mask is None:
+    options |= dict(key_value_seq_lengths=lengths.astype(jnp.int32))
+    # It differentiates even sides only; what has lengths may be trained.
+    q, k, v = map(_padded_to_even, (q, k, v))
+  out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **options)
+  return out[:, :num_queries]
+
+
+def _padded_to_even(x):
+  return jnp.pad(x, [(0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)])
 
 
 def _splash(q, k, v, causal, lengths, interpret=False):

@@ -25,6 +25,7 @@ from cacovid_jax.models import (
   llava_onevision,
   placement,
   qwen2_5_vl,
+  qwen3_vl,
   safetensors_io,
 )
 from cacovid_jax.models import layers as layers_lib
@@ -66,7 +67,13 @@ class Checkpoint:
 # `weight_table(config)`, see `placement.rows`; `hub_name`, which turns any
 # spelling of a source name into the table's; HEAD, the source name of the
 # output embeddings; POST_NORM, where names begin of a norm that nothing reads.
-_FAMILIES = {"llava_onevision": llava_onevision, "qwen2_5_vl": qwen2_5_vl}
+_MODULES = (llava_onevision, qwen2_5_vl, qwen3_vl)
+_FAMILIES = {x.__name__.rpartition(".")[2]: x for x in _MODULES}
+# Parts of kinds that one could take for these, and what is not like them.
+_RELATED = {
+  "qwen3_vl_moe": "a mixture of experts, unlike the dense Qwen3-VL",
+  "qwen3_5": "a decoder of linear attention, unlike Qwen3-VL's",
+}
 
 
 class _Entry(NamedTuple):
@@ -105,8 +112,9 @@ def load_config(directory):
   described = read_json(path)
   kind = described.get("model_type")
   if not isinstance(kind, str) or kind not in _FAMILIES:
+    told = [f" ({why})" for part, why in _RELATED.items() if part in str(kind)]
     raise errors.UserError(
-      f"{path}: model_type is {kind!r}; give a checkpoint of"
+      f"{path}: model_type is {kind!r}{''.join(told)}; give a checkpoint of"
       f" {' or '.join(_FAMILIES)}"
     )
   try:
@@ -263,6 +271,8 @@ def load(
   """
   given, directory = os.fspath(directory), hub.directory(directory)
   config = load_config(directory)
+  if mesh is not None:
+    mesh_lib.check_heads(config.text.num_heads, mesh)
   eos_ids, pad_id = _ending(directory)
   tokenizer = _tokenizer(directory)
   params = load_params(directory, config, dtype, mesh=mesh, layers=layers)

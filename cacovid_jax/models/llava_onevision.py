@@ -208,6 +208,13 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
     side, own = self.config.pooled_side, processors.LlavaOnevisionProcessor
     return own.from_files(directory, frame_side=side)
 
+  def tower_inputs(self, inputs, bucket=None):
+    if bucket is None:
+      return inputs
+    missing = bucket.frames - len(inputs.values)
+    room = [(0, missing), *[(0, 0)] * (inputs.values.ndim - 1)]
+    return inputs._replace(values=np.pad(inputs.values, room))
+
   def positions(self, ids, video=None):
     """Returns (int32[1, L], next position) of ONE prompt: rows count on."""
     del video  # Time and place are not in the positions.

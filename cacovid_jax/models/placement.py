@@ -37,6 +37,7 @@ _LEAVES = {
   "dense": {"weight": ("kernel", "transpose"), "bias": ("bias", "same")},
   "patches": {"weight": ("kernel", "patches"), "bias": ("bias", "same")},
   "conv3d": {"weight": ("kernel", "conv3d")},
+  "conv3d_dense": {"weight": ("kernel", "conv3d"), "bias": ("bias", "same")},
   "scale": {"weight": ("scale", "same")},
   "norm": {"weight": ("scale", "same"), "bias": ("bias", "same")},
   "table": {"weight": ("", "same")},

@@ -6,6 +6,7 @@ import os
 import msgspec
 
 from cacovid_jax import errors, schema
+from cacovid_jax.models import hf_config
 
 _MAX_BYTES = 2**20
 _MEND = "copy it again from the checkpoint's origin"
@@ -14,10 +15,11 @@ _STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True}
 _STEPS |= {"do_center_crop": False}
 # Files and keys in them, in the reference's order: transformers 5 stores the
 # video part in the first, earlier releases wrote the others.
+_OF_IMAGES = "preprocessor_config.json"
 _FILES = {
   "processor_config.json": "video_processor",
   "video_preprocessor_config.json": None,
-  "preprocessor_config.json": None,
+  _OF_IMAGES: None,
 }
 _Statistic = tuple[float, float, float]
 
@@ -43,12 +45,15 @@ class Entry(msgspec.Struct):
   do_center_crop: bool | None = None
 
 
-def read(directory, find, make):
+def read(directory, find, make, images=True):
   """Returns `make(find(entry))` of a directory's first file with an `Entry`.
 
-  The `UserError`s of both name the file.
+  `images` says whether a file about images will do. The `UserError`s of both
+  name the file.
   """
   for name, key in _FILES.items():
+    if name == _OF_IMAGES and not images:
+      continue
     path = os.path.join(directory, name)
     if not os.path.isfile(path):
       continue
@@ -62,9 +67,9 @@ def read(directory, find, make):
       return make(find(entry))
     except errors.UserError as error:
       raise errors.UserError(f"{path}: {error}") from error
+  names = [f"{_OF_IMAGES} or "] * images + ["video_preprocessor_config.json"]
   raise errors.UserError(
-    f"{directory}: no preprocessor_config.json or"
-    " video_preprocessor_config.json; copy it from the checkpoint's origin"
+    f"{directory}: no {''.join(names)}; copy it from the checkpoint's origin"
   )
 
 
@@ -94,4 +99,15 @@ def _check_steps(entry):
   errors.check(
     factor is None or math.isclose(factor, 1 / 255, rel_tol=1e-6),
     f"rescale_factor={factor} is not supported; pixels are divided by 255",
+  )
+
+
+def default_num_frames(directory) -> int:
+  """Returns the frames per clip that a checkpoint's files ask for, else 32."""
+  path = os.path.join(directory, "video_preprocessor_config.json")
+  found = hf_config.read_json(path) if os.path.isfile(path) else {}
+  number = found.get("num_frames")
+  kind, mend = schema.within(int, 1, 2**16), "correct it, or give --num_frames"
+  return schema.fit(
+    32 if number is None else number, kind, path, mend, key="num_frames"
   )

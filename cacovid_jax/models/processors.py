@@ -8,15 +8,14 @@ side of a patch, a patch, a token.
 import abc
 import dataclasses
 import math
-import os
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from cacovid_jax import errors, schema
+from cacovid_jax import errors
 from cacovid_jax.data import frames as frames_lib
-from cacovid_jax.models import hf_config, processor_files
+from cacovid_jax.models import processor_files, qwen2_5_vl_layout
 
 # Statistics of CLIP's images, which Qwen2.5-VL's tower was trained with.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -34,7 +33,9 @@ class TowerInputs(NamedTuple):
 
   values: Any  # float32[F, S, S, C] pixels or float32[P, C*t*p*p] patches.
   grid: tuple[int, int, int]  # (T, H, W) of the video's tokens.
-  second_per_grid_t: float = 1.0  # Seconds between temporal patches.
+  # Seconds between temporal patches; of a model that writes the time as text,
+  # the middles of all T of them.
+  second_per_grid_t: float | tuple[float, ...] = 1.0
   layout: Any = None  # Of the grid, see `VideoLLM.tower_inputs`.
 
 
@@ -48,6 +49,9 @@ class Processor(abc.ABC):
 
   one_grid: ClassVar[bool]  # Whether clips of as many frames have one grid.
   needs_statistics: ClassVar[bool] = False  # Whether files must tell them.
+  tells_time: ClassVar[bool] = False  # Whether prompts hold a clip's seconds.
+  # Whether a file about images will do where there is none about videos.
+  reads_images: ClassVar[bool] = True
   # What files of earlier runs call the class, and its fields there.
   _on_disk: ClassVar[str]
 
@@ -70,7 +74,7 @@ class Processor(abc.ABC):
       return cls._sizes_of(entry) | common
 
     return processor_files.read(
-      directory, find, lambda fields: cls(**fields, **known)
+      directory, find, lambda fields: cls(**fields, **known), cls.reads_images
     )
 
   @classmethod
@@ -119,6 +123,17 @@ class Processor(abc.ABC):
     """Returns the one grid of all clips of F frames, None if they differ."""
     return self.grid(num_frames, 1, 1) if self.one_grid else None
 
+  def grid_of(self, rule: frames_lib.FrameRule) -> tuple[int, int, int] | None:
+    """Returns the one grid of all clips at a rule, None if they differ."""
+    return self.fixed_grid(rule.num_frames) if rule.fills else None
+
+  @abc.abstractmethod
+  def patch_tokens(self, num_frames: int) -> tuple[int, int]:
+    """Returns the fewest and the most tokens of a temporal patch of F frames.
+
+    Frames that are very long and narrow may lie beyond them.
+    """
+
   def resize_frame(
     self, frame: np.ndarray, num_frames: int, above: int = 0
   ) -> np.ndarray:
@@ -130,25 +145,30 @@ class Processor(abc.ABC):
     size = self.frame_size(*frame.shape[:2], num_frames)
     return frames_lib.resize_frame(frame, size, self.resample)
 
-  def __call__(self, frames, *, fps=None, resized=False) -> TowerInputs:
+  def __call__(
+    self, frames, *, fps=None, times=None, resized=False
+  ) -> TowerInputs:
     """Returns what the tower takes of one clip, uint8[F,h,w,3], upright.
 
     `fps` is that of these frames (see `frames.sampled_fps`), not of the clip;
-    `resized` says that `resize_frame` was applied while they were decoded.
+    `times` float[F] are their own seconds, evenly apart if not given; `resized`
+    says that `resize_frame` was applied while they were decoded.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
       raise ValueError(f"frames of shape {frames.shape} are not [F,h,w,3]")
     known = fps is None or 0 < fps < math.inf
     errors.check(known, f"{fps} frames a second: give a positive number")
+    if times is None and fps is not None:
+      times = np.arange(len(frames)) / fps
     if not resized:
       count = len(frames)
       frames = np.stack([self.resize_frame(frame, count) for frame in frames])
     grid = self.resized_grid(*frames.shape[:3])
-    return TowerInputs(self._values(frames), grid, self._seconds(fps))
+    return TowerInputs(self._values(frames), grid, self._seconds(fps, times))
 
-  def _seconds(self, fps: float | None) -> float:
+  def _seconds(self, fps: float | None, times):
     """Returns `second_per_grid_t`; 1.0 if not known, as in the reference."""
-    del fps  # Not in most models' positions.
+    del fps, times  # Not in most models' positions.
     return 1.0
 
   @abc.abstractmethod
@@ -179,6 +199,7 @@ class LlavaOnevisionProcessor(Processor):
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
   one_grid = True
+  temporal_patch_size = 1
   # Class defaults of the library are wrong for the released checkpoints: CLIP's
   # statistics instead of SigLIP's.
   needs_statistics = True
@@ -202,6 +223,9 @@ class LlavaOnevisionProcessor(Processor):
   def frame_size(self, height, width, num_frames):
     return self.image_size, self.image_size
 
+  def patch_tokens(self, num_frames):
+    return (self.frame_side**2,) * 2
+
   def resized_grid(self, num_frames, height, width):
     return num_frames, self.frame_side, self.frame_side
 
@@ -210,30 +234,20 @@ class LlavaOnevisionProcessor(Processor):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
+class PatchProcessor(Processor):
   """Frames that keep their aspect ratio, cut into patches.
 
   Sides are multiples of a merged token's, so that the grid differs from clip to
-  clip. Paper: https://arxiv.org/abs/2502.13923, section 2.1.
+  clip.
   """
 
-  patch_size: int = 14  # p, pixels.
+  patch_size: int  # p, pixels.
   temporal_patch_size: int = 2  # t, frames.
   merge_size: int = 2  # m, patches.
-  min_pixels: int = 128 * 28 * 28  # Least pixels of a resized frame.
-  max_pixels: int = 768 * 28 * 28  # Most pixels of a resized frame.
-  mean: tuple[float, float, float] = CLIP_MEAN
-  std: tuple[float, float, float] = CLIP_STD
-  # Tokens that set the pixels of a whole clip: its frames share 90 % of them
-  # evenly. None bounds each frame by itself, as releases of the reference below
-  # 5.22 do.
-  max_video_tokens: int | None = None
+  min_pixels: int
+  max_pixels: int
 
   one_grid = False
-  _on_disk = (
-    "ProcessorConfig patch_size temporal_patch_size merge_size min_pixels"
-    " max_pixels mean std resample max_video_tokens"
-  )
 
   def __post_init__(self):
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
@@ -247,11 +261,6 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     super().__post_init__()
 
   @classmethod
-  def tiny(cls):
-    """For tests: patches of 4 pixels, at most 24 tokens a temporal patch."""
-    return cls(patch_size=4, min_pixels=4 * 8 * 8, max_pixels=24 * 8 * 8)
-
-  @classmethod
   def _sizes_of(cls, entry):
     size = entry.size or {}
     told = f"size is {size}; it must be an object of the least and most pixels"
@@ -261,8 +270,6 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     for name, edge in (("min", "shortest_edge"), ("max", "longest_edge")):
       name = f"{name}_pixels"
       values[name] = getattr(entry, name) or size.get(edge) or size.get(name)
-    if entry.cap_pixels_per_frame:
-      values["max_video_tokens"] = entry.max_video_tokens or 128_000
     return {k: v for k, v in values.items() if v is not None}
 
   def with_bounds(self, min_pixels=0, max_pixels=0):
@@ -270,15 +277,64 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     return dataclasses.replace(self, **{k: v for k, v in given.items() if v})
 
-  def with_paper_bounds(self, min_pixels=0, max_pixels=0):
-    """See `Processor`; in tokens: a model of other patches gets as many."""
-    least, most = (count * self.factor**2 for count in PAPER_TOKENS)
-    return self.with_bounds(min_pixels or least, max_pixels or most)
-
   @property
   def factor(self) -> int:
     """Pixels of a merged token's side."""
     return self.patch_size * self.merge_size
+
+  def resized_grid(self, num_frames, height, width):
+    if height % self.factor or width % self.factor:
+      raise ValueError(
+        f"{height} x {width} pixels do not split into {self.factor}s"
+      )
+    patches = -(-num_frames // self.temporal_patch_size)
+    return patches, height // self.factor, width // self.factor
+
+  def _values(self, frames):
+    # Bytes are moved before they become floats: a quarter of the memory.
+    patches = qwen2_5_vl_layout.patchify(
+      frames, patch=self.patch_size, merge=self.merge_size,
+      temporal_patch=self.temporal_patch_size,
+    )  # fmt: skip
+    pixels = self._normalise(patches.reshape(len(patches), 3, -1), axis=1)
+    return pixels.reshape(patches.shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen2_5VLProcessor(PatchProcessor):  # noqa: N801 (the model's own name)
+  """Bounds on each frame. https://arxiv.org/abs/2502.13923, section 2.1."""
+
+  patch_size: int = 14
+  min_pixels: int = 128 * 28 * 28  # Least pixels of a resized frame.
+  max_pixels: int = 768 * 28 * 28  # Most pixels of a resized frame.
+  mean: tuple[float, float, float] = CLIP_MEAN
+  std: tuple[float, float, float] = CLIP_STD
+  # Tokens that set the pixels of a whole clip: its frames share 90 % of them
+  # evenly. None bounds each frame by itself, as releases of the reference below
+  # 5.22 do.
+  max_video_tokens: int | None = None
+
+  _on_disk = (
+    "ProcessorConfig patch_size temporal_patch_size merge_size min_pixels"
+    " max_pixels mean std resample max_video_tokens"
+  )
+
+  @classmethod
+  def tiny(cls):
+    """For tests: patches of 4 pixels, at most 24 tokens a temporal patch."""
+    return cls(patch_size=4, min_pixels=4 * 8 * 8, max_pixels=24 * 8 * 8)
+
+  @classmethod
+  def _sizes_of(cls, entry):
+    values = super()._sizes_of(entry)
+    if entry.cap_pixels_per_frame:
+      values["max_video_tokens"] = entry.max_video_tokens or 128_000
+    return values
+
+  def with_paper_bounds(self, min_pixels=0, max_pixels=0):
+    """See `Processor`; in tokens: a model of other patches gets as many."""
+    least, most = (count * self.factor**2 for count in PAPER_TOKENS)
+    return self.with_bounds(min_pixels or least, max_pixels or most)
 
   def frame_size(self, height, width, num_frames):
     bounds = dict(min_pixels=self.min_pixels)
@@ -293,42 +349,24 @@ class Qwen2_5VLProcessor(Processor):  # noqa: N801 (the model's own name)
     share = total * self.temporal_patch_size // num_frames
     return max(min(self.max_pixels, share), int(self.min_pixels * 1.05))
 
-  def patch_tokens(self, num_frames: int) -> tuple[int, int]:
-    """Returns the fewest and the most tokens of a temporal patch of F frames.
-
-    Frames that are very long and narrow may lie beyond them.
-    """
+  def patch_tokens(self, num_frames):
     least = -(-self.min_pixels // self.factor**2)
     most = self._max_pixels(num_frames) // self.factor**2
     return least, max(most, least)
 
-  def resized_grid(self, num_frames, height, width):
-    if height % self.factor or width % self.factor:
-      raise ValueError(
-        f"{height} x {width} pixels do not split into {self.factor}s"
-      )
-    patches = -(-num_frames // self.temporal_patch_size)
-    return patches, height // self.factor, width // self.factor
-
-  def _seconds(self, fps):
+  def _seconds(self, fps, times):
     return 1.0 if fps is None else self.temporal_patch_size / fps
 
-  def _values(self, frames):
-    # Bytes are moved before they become floats: a quarter of the memory.
-    patches = patchify(
-      frames, patch=self.patch_size, merge=self.merge_size,
-      temporal_patch=self.temporal_patch_size,
-    )  # fmt: skip
-    pixels = self._normalise(patches.reshape(len(patches), 3, -1), axis=1)
-    return pixels.reshape(patches.shape)
 
-
-def smart_resize(height, width, *, factor=28, min_pixels, max_pixels):
+def smart_resize(
+  height, width, *, factor=28, min_pixels, max_pixels, frames=(1, 1)
+):
   """Returns the (height, width) that a frame of as many pixels is resized to.
 
   Both are multiples of `factor`, the pixels of a merged token's side, close to
-  the frame's aspect ratio; their product lies between the limits, as far as
-  it can. `frames.ShapeError` where no such size suits the frame.
+  the frame's aspect ratio; the pixels of as many of `frames` lie between the
+  limits, as far as they can: of the first number where sides are scaled, of the
+  second to be compared. `frames.ShapeError` where no such size suits the frame.
   """
   frame, sides = f"a frame of {width} x {height} pixels", (height, width)
   if min(sides) < 1:
@@ -339,43 +377,12 @@ def smart_resize(height, width, *, factor=28, min_pixels, max_pixels):
     )
   # Python's round, half to even, as in the reference.
   counts = [round(side / factor) for side in sides]
-  if math.prod(counts) * factor**2 > max_pixels:
-    scale = math.sqrt(height * width / max_pixels)
+  scaled, held = frames
+  pixels = held * math.prod(counts) * factor**2
+  if pixels > max_pixels:
+    scale = math.sqrt(scaled * height * width / max_pixels)
     counts = [max(1, math.floor(side / scale / factor)) for side in sides]
-  elif math.prod(counts) * factor**2 < min_pixels:
-    scale = math.sqrt(min_pixels / (height * width))
+  elif pixels < min_pixels:
+    scale = math.sqrt(min_pixels / (scaled * height * width))
     counts = [math.ceil(side * scale / factor) for side in sides]
   return counts[0] * factor, counts[1] * factor
-
-
-def patchify(frames, *, patch, temporal_patch, merge):
-  """Returns [P, C*t*p*p] patches of frames [F,h,w,C], any dtype.
-
-  Rows run over temporal patches, then over tokens row by row, then over the
-  m x m patches of a token. Columns are (channel, frame, row, column), as in the
-  weight of the tower's convolution. Where F is no multiple of t, the last frame
-  is repeated.
-  """
-  if missing := -len(frames) % temporal_patch:
-    frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
-  F, h, w, C = frames.shape
-  side = patch * merge
-  if h % side or w % side:
-    raise ValueError(f"{w} x {h} pixels are no multiples of {side}")
-  T, H, W = F // temporal_patch, h // side, w // side
-  split = frames.reshape(
-    T, temporal_patch, H, merge, patch, W, merge, patch, C
-  )  # [T, t, H, m, p, W, m, p, C]
-  split = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-  return split.reshape(T * H * W * merge**2, -1)  # [T,H,W,m,m, C,t,p,p]
-
-
-def default_num_frames(directory) -> int:
-  """Returns the frames per clip that a checkpoint's files ask for, else 32."""
-  path = os.path.join(directory, "video_preprocessor_config.json")
-  found = hf_config.read_json(path) if os.path.isfile(path) else {}
-  number = found.get("num_frames")
-  kind, mend = schema.within(int, 1, 2**16), "correct it, or give --num_frames"
-  return schema.fit(
-    32 if number is None else number, kind, path, mend, key="num_frames"
-  )

@@ -315,7 +315,10 @@ def pad_tokens(array, size: int, axis: int = 0):
   """Returns an array with zeros behind its own `size` or fewer of an axis."""
   widths = [(0, 0)] * array.ndim
   widths[axis] = (0, size - array.shape[axis])
-  return np.pad(array, widths) if widths[axis][1] else array
+  if not widths[axis][1]:
+    return array
+  pad = jnp.pad if isinstance(array, jax.Array) else np.pad
+  return pad(array, widths)
 
 
 def pad_rows(count: int, size: int) -> list[int]:

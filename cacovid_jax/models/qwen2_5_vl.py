@@ -8,6 +8,7 @@ Paper: https://arxiv.org/abs/2502.13923 (section 2.1.2 on positions).
 
 import dataclasses
 import math
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,20 +27,47 @@ from cacovid_jax.models import (
 POSITION_RULES = ("4.50", "v5")
 HEAD = "lm_head.weight"  # Source name of the output table.
 POST_NORM = ""  # Every norm of the checkpoint is read.
-_POSITION_ROWS = 3
+POSITION_ROWS = 3
+# Of an image and a video token, and of the marks before and behind them.
+RELEASED_IDS = (151655, 151656, 151652, 151653)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
-  """Vision tower, decoder, token ids, and how fast time positions run."""
+class QwenVLConfig:
+  """Vision tower, decoder and token ids, of Qwen2.5-VL or Qwen3-VL."""
 
-  vision: qwen2_5_vl_vision.VisionConfig
+  vision: qwen2_5_vl_vision.PatchConfig
   text: qwen2.Qwen2Config
   image_token_id: int = hf_config.key()
   video_token_id: int = hf_config.key()
   vision_start_token_id: int = hf_config.key()
   vision_end_token_id: int = hf_config.key()
-  tokens_per_second: int
+
+  @classmethod
+  def _of(cls, vision, text, ids=RELEASED_IDS, **others):
+    """Returns the config of a tower, a decoder, and ids in the fields' order.
+
+    Those of the released checkpoints by default.
+    """
+    names = ("image", "video", "vision_start", "vision_end")
+    ids = {f"{x}_token_id": id for x, id in zip(names, ids, strict=True)}
+    return cls(vision=vision, text=text, **ids, **others)
+
+  def _checked(self, where):
+    """Returns itself; refuses features of another width than the decoder's."""
+    out, width = self.vision.out_hidden_size, self.text.hidden_size
+    hf_config.check(
+      out == width,
+      f"vision_config.out_hidden_size {out} is not {where}hidden_size {width}",
+    )
+    return self
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen2_5VLConfig(QwenVLConfig):  # noqa: N801 (the model's own name)
+  """A `QwenVLConfig`, and how fast time positions run."""
+
+  tokens_per_second: int = 2
 
   @classmethod
   def qwen2_5_vl_3b(cls):
@@ -53,23 +81,15 @@ class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
   def _released(cls, text):
     changes = dict(rope_sections=(16, 24, 24), max_positions=128000)
     vision = qwen2_5_vl_vision.VisionConfig.qwen2_5_vl(text.hidden_size)
-    ids = (151655, 151656, 151652, 151653)
-    return cls._of(vision, text, ids, **changes)
+    return cls._of(vision, dataclasses.replace(text, **changes))
 
   @classmethod
   def tiny(cls):
     """CPU-sized, for tests."""
     changes = dict(rope_sections=(1, 2, 1), tie_embeddings=True)
+    text = dataclasses.replace(qwen2.Qwen2Config.tiny(), **changes)
     vision = qwen2_5_vl_vision.VisionConfig.tiny()
-    text = qwen2.Qwen2Config.tiny()
-    return cls._of(vision, text, (60, 61, 58, 59), **changes)
-
-  @classmethod
-  def _of(cls, vision, text, ids, **changes):
-    text = dataclasses.replace(text, **changes)
-    names = ("image", "video", "vision_start", "vision_end")
-    ids = {f"{x}_token_id": id for x, id in zip(names, ids, strict=True)}
-    return cls(vision=vision, text=text, tokens_per_second=2, **ids)
+    return cls._of(vision, text, (60, 61, 58, 59))
 
   @classmethod
   def from_hf(cls, config):
@@ -84,20 +104,14 @@ class Qwen2_5VLConfig:  # noqa: N801 (the model's own name)
     found = cls(
       vision=qwen2_5_vl_vision.VisionConfig.from_hf(vision),
       text=qwen2.Qwen2Config.from_hf(
-        text, tied, num_sections=_POSITION_ROWS, **kind
+        text, tied, num_sections=POSITION_ROWS, **kind
       ),
       **hf_config.numbers(cls, config),
       tokens_per_second=hf_config.number(
         vision, "tokens_per_second", where="vision_config."
       ),
     )
-    out, width = found.vision.out_hidden_size, found.text.hidden_size
-    hf_config.check(
-      out == width,
-      f"vision_config.out_hidden_size {out} is not {kind['where']}hidden_size"
-      f" {width}",
-    )
-    return found
+    return found._checked(kind["where"])
 
   def to_hf(self):
     """Returns the config.json in the hub's flat form, which 5.x reads, too."""
@@ -134,7 +148,7 @@ def position_ids(ids, video, *, config, rule="4.50"):
       f"{'' if together else ' in several places'}, the video {expected};"
       " expand one placeholder to the video's grid"
     )
-  positions = np.broadcast_to(np.arange(len(ids)), (_POSITION_ROWS, len(ids)))
+  positions = np.broadcast_to(np.arange(len(ids)), (POSITION_ROWS, len(ids)))
   positions = positions.astype(np.int32)
   if len(where):
     seconds = np.float32(video.second_per_grid_t)
@@ -143,7 +157,7 @@ def position_ids(ids, video, *, config, rule="4.50"):
         f"second_per_grid_t is {video.second_per_grid_t!r}; give a positive"
         " number of seconds"
       )
-    own = np.indices(video.grid).reshape(_POSITION_ROWS, -1)
+    own = np.indices(video.grid).reshape(POSITION_ROWS, -1)
     # float32 as in the reference, whose floor falls elsewhere in float64.
     step = seconds * np.float32(config.tokens_per_second)
     own[0] = np.floor(own[0].astype(np.float32) * step)
@@ -154,13 +168,15 @@ def position_ids(ids, video, *, config, rule="4.50"):
   return positions, int(positions.max()) + 1 if len(ids) else 0
 
 
-class Qwen2_5VL(qwen2.Part):  # noqa: N801
-  """The modules of Qwen2.5-VL; `Qwen2_5VLModel` runs them."""
+class QwenVL(qwen2.Part):
+  """The modules of a model; `QwenVLModel` runs them."""
+
+  tower: Any = None  # Class of the tower.
 
   def setup(self):
     cfg = self.config
     kwargs = dict(dtype=self.dtype, backend=self.backend, remat=self.remat)
-    self.visual = qwen2_5_vl_vision.Tower(cfg.vision, **kwargs)
+    self.visual = self.tower(cfg.vision, **kwargs)
     self.language_model = qwen2.Qwen2(cfg.text, **kwargs)
 
   def encode_video(self, patches, layout, signals=()):
@@ -169,29 +185,33 @@ class Qwen2_5VL(qwen2.Part):  # noqa: N801
   def __call__(self, patches, layout):
     """Touches every parameter; only initialisation calls it."""
     x, _ = self.visual(patches, layout)
-    positions = jnp.zeros((1, _POSITION_ROWS, len(x)), jnp.int32)
+    positions = jnp.zeros((1, POSITION_ROWS, len(x)), jnp.int32)
     hidden, _ = self.language_model(x[None], positions)
     return self.language_model.logits(hidden)
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
-  """Qwen2.5-VL as a `VideoLLM`."""
+class QwenVLModel(video_llm.VideoLLM):
+  """What Qwen2.5-VL and Qwen3-VL have in common as a `VideoLLM`."""
 
-  config: Qwen2_5VLConfig
+  config: QwenVLConfig
+
+  tower: ClassVar[Any]
+  processor_class: ClassVar[type[processors.PatchProcessor]]
 
   @property
   def module(self):
-    return Qwen2_5VL(self.config, self.dtype, self.backend, self.remat)
+    own = self.dtype, self.backend, self.remat
+    return QwenVL(self.config, *own, tower=self.tower)
 
   @property
   def processor(self):
     names = ("patch_size", "temporal_patch_size", "merge_size")
     sizes = {name: getattr(self.config.vision, name) for name in names}
-    return processors.Qwen2_5VLProcessor(**sizes)
+    return self.processor_class(**sizes)
 
   def read_processor(self, directory):
-    return processors.Qwen2_5VLProcessor.from_files(directory)
+    return self.processor_class.from_files(directory)
 
   def layout(self, grid, sizes=None):
     """Returns the `qwen2_5_vl_layout.Layout` of a grid (T, H, W)."""
@@ -206,10 +226,6 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
       values = np.pad(values, ((0, rows - len(values)), (0, 0)))
     layout = self.layout(inputs.grid, sizes)
     return inputs._replace(values=values, layout=layout)
-
-  def positions(self, ids, video):
-    """Returns (int32[3, L], next position) of ONE prompt, by rule 4.50."""
-    return position_ids(ids, video, config=self.config)
 
   def init(self, rng):
     vision = self.config.vision
@@ -226,6 +242,20 @@ class Qwen2_5VLModel(video_llm.VideoLLM):  # noqa: N801
     """
     given = (inputs.values, inputs.layout, signals)
     return self.module.apply({"params": params}, *given, method="encode_video")
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2_5VLModel(QwenVLModel):  # noqa: N801
+  """Qwen2.5-VL as a `VideoLLM`."""
+
+  config: Qwen2_5VLConfig
+
+  tower = qwen2_5_vl_vision.Tower
+  processor_class = processors.Qwen2_5VLProcessor
+
+  def positions(self, ids, video):
+    """Returns (int32[3, L], next position) of ONE prompt, by rule 4.50."""
+    return position_ids(ids, video, config=self.config)
 
 
 CONFIG, MODEL = Qwen2_5VLConfig, Qwen2_5VLModel

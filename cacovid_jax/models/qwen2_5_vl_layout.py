@@ -1,8 +1,10 @@
-"""Where the patches of one video stand, told to Qwen2.5-VL's tower as arrays.
+"""Where the patches of one video stand, told to a tower as arrays.
+
+Qwen2.5-VL's has windows; Qwen3-VL's has a learned table of positions instead.
 
 Axes: T time slices, H W token grid of a slice, N = T·H·W video tokens, P
 patches, S segments of an attention (windows or slices), R patches of a segment;
-see `qwen2_5_vl_vision`.
+see `qwen2_5_vl_vision` and `qwen3_vl_vision`.
 Paper: https://arxiv.org/abs/2502.13923 (section 2.1.1).
 """
 
@@ -21,6 +23,13 @@ class Segments(NamedTuple):
   place: Any  # int32[P] where each patch is in `rows`, flattened.
 
 
+class Places(NamedTuple):
+  """Where each patch lies in a learned table, between four of its entries."""
+
+  index: Any  # int32[4, P].
+  weight: Any  # float32[4, P], sums of 1.
+
+
 class Layout(NamedTuple):
   """What the tower must know of ONE video's grid, as arrays.
 
@@ -29,9 +38,10 @@ class Layout(NamedTuple):
   """
 
   coordinates: Any  # int32[2, P] row and column of each patch in its slice.
-  windows: Segments
+  windows: Segments | None  # None of a tower without any.
   slices: Segments
   num_tokens: Any  # int32[], N without padding.
+  places: Places | None = None  # None of a tower without a table.
 
 
 class Sizes(NamedTuple):
@@ -50,7 +60,7 @@ class Sizes(NamedTuple):
       slices, height, width = map(int, grid)
       if min(slices, height, width) < 1:
         raise ValueError(f"grid {tuple(grid)} holds no token")
-      windows = slices * math.prod(_windows(height, width, config))
+      windows = slices * _num_windows(height, width, config)
       area = height * width
       found.append((slices * area, windows, slices, area))
     if not found:
@@ -63,7 +73,7 @@ class Sizes(NamedTuple):
     # Long and narrow slices have the most windows, one token wide each.
     num_windows = max(
       min(bucket.frames, bucket.tokens // (height * width))
-      * math.prod(_windows(height, width, config))
+      * _num_windows(height, width, config)
       for height in range(1, bucket.frame_tokens + 1)
       for width in range(1, bucket.frame_tokens // height + 1)
     )
@@ -74,6 +84,13 @@ def _windows(height, width, config):
   """Returns how many windows a slice has, (down, across)."""
   side = config.window_side
   return -(-height // side), -(-width // side)
+
+
+def _num_windows(height, width, config):
+  """Returns how many windows a slice has, 0 of a tower without any."""
+  if config.window_side is None:
+    return 0
+  return math.prod(_windows(height, width, config))
 
 
 @functools.lru_cache(maxsize=32)
@@ -90,30 +107,57 @@ def layout(grid, config, sizes=None):
     raise ValueError(f"no room for grid {tuple(grid)}: {', '.join(short)}")
   _, height, width = map(int, grid)
   merge, side = config.merge_size, config.window_side
+  table_side = config.table_side
 
   token = np.arange(exact.num_tokens)
   slice_of = token // (height * width)
   row, column = token // width % height, token % width
-  # Windows of a slice are numbered row by row; those at the far edges are
-  # smaller. None reaches from one slice into the next.
-  down, across = _windows(height, width, config)
-  window_of = (slice_of * down + row // side) * across + column // side
 
   inside = np.stack(np.divmod(np.arange(config.patches_per_token), merge))
   coordinates = np.stack([row, column])[..., None] * merge + inside[:, None]
-  coordinates = coordinates.reshape(2, -1)
+  coordinates = coordinates.reshape(2, -1).astype(np.int32)
   num_patches = sizes.num_tokens * config.patches_per_token
   extra = num_patches - coordinates.shape[1]
 
   def segments(of, number, tokens):
     return _segments(of, number, tokens, num_patches, config.patches_per_token)
 
+  def padded(x):
+    return np.pad(x, [(0, 0), (0, extra)])
+
+  windows = places = None
+  if side is not None:
+    # Windows of a slice are numbered row by row; those at the far edges are
+    # smaller. None reaches from one slice into the next.
+    down, across = _windows(height, width, config)
+    window_of = (slice_of * down + row // side) * across + column // side
+    windows = segments(window_of, sizes.num_windows, side**2)
+  if table_side is not None:
+    frame = np.array([height, width]) * merge
+    places = Places(*map(padded, interpolate(coordinates, frame, table_side)))
   return Layout(
-    coordinates=np.pad(coordinates, [(0, 0), (0, extra)]).astype(np.int32),
-    windows=segments(window_of, sizes.num_windows, side**2),
+    coordinates=padded(coordinates),
+    windows=windows,
     slices=segments(slice_of, sizes.num_slices, sizes.tokens_per_slice),
     num_tokens=np.int32(exact.num_tokens),
+    places=places,
   )
+
+
+def interpolate(coordinates, frame, side):
+  """Returns the `Places` of int[2, P] in a table of side x side entries.
+
+  Bilinear; the corners of a frame of int[2] patches are those of the table.
+  """
+  exact = coordinates * ((side - 1) / np.maximum(frame - 1, 1))[:, None]
+  low = np.minimum(np.floor(exact).astype(np.int32), side - 1)
+  high = np.minimum(low + 1, side - 1)
+  part = exact - low
+  rows, columns = ([(low[i], 1 - part[i]), (high[i], part[i])] for i in (0, 1))
+  corners = [(row, column) for row in rows for column in columns]
+  index = [row * side + column for (row, _), (column, _) in corners]
+  weight = [by_row * by_column for (_, by_row), (_, by_column) in corners]
+  return Places(np.stack(index), np.stack(weight).astype(np.float32))
 
 
 def _segments(segment_of, num_segments, tokens, num_patches, size):
@@ -133,3 +177,27 @@ def _segments(segment_of, num_segments, tokens, num_patches, size):
     lengths=np.maximum(counts * size, 1).astype(np.int32),
     place=np.pad(place, (0, num_patches - len(place))).astype(np.int32),
   )
+
+
+def patchify(frames, *, patch, temporal_patch, merge):
+  """Returns [P, C*t*p*p] patches of F frames [F,h,w,C], any dtype.
+
+  Of p x p pixels of t frames, m x m of which are a token of an H x W grid.
+
+  Rows run over temporal patches, then over tokens row by row, then over the
+  m x m patches of a token. Columns are (channel, frame, row, column), as in the
+  weight of the tower's convolution. Where F is no multiple of t, the last frame
+  is repeated.
+  """
+  if missing := -len(frames) % temporal_patch:
+    frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+  F, h, w, C = frames.shape
+  side = patch * merge
+  if h % side or w % side:
+    raise ValueError(f"{w} x {h} pixels are no multiples of {side}")
+  T, H, W = F // temporal_patch, h // side, w // side
+  split = frames.reshape(
+    T, temporal_patch, H, merge, patch, W, merge, patch, C
+  )  # [T, t, H, m, p, W, m, p, C]
+  split = split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+  return split.reshape(T * H * W * merge**2, -1)  # [T,H,W,m,m, C,t,p,p]

@@ -29,32 +29,99 @@ from cacovid_jax.models import layers as layers_lib
 
 # Not in any config.json: the released code has it fixed.
 _RMS_NORM_EPS = 1e-6
-_CHANNELS = 3
+CHANNELS = 3
 _FIXED = dict(
   model_type="qwen2_5_vl",
-  in_chans=_CHANNELS,  # transformers 4.x,
-  in_channels=_CHANNELS,  # and 5.x.
+  in_chans=CHANNELS,  # transformers 4.x,
+  in_channels=CHANNELS,  # and 5.x.
   hidden_act="silu",
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-  """Sizes of a tower; lengths in pixels, `full_layers` see a whole slice."""
+class PatchConfig:
+  """Sizes of a tower over patches of pixels, Qwen2.5-VL's or Qwen3-VL's."""
 
   hidden_size: int = hf_config.key()
   intermediate_size: int = hf_config.key()
   num_layers: int = hf_config.key("depth", kind=hf_config.LAYERS)
   num_heads: int = hf_config.key()
   out_hidden_size: int = hf_config.key()
-  full_layers: tuple[int, ...]
   patch_size: int = hf_config.key(default=14, kind=hf_config.PIXELS)
   temporal_patch_size: int = hf_config.key(default=2, kind=hf_config.PIXELS)
   merge_size: int = hf_config.key(
     "spatial_merge_size", 2, kind=hf_config.PIXELS
   )
-  window_size: int = hf_config.key(default=112, kind=hf_config.PIXELS)
   rope_theta: float = 1e4
+
+  window_side = None  # Tokens along one side of a window.
+  table_side = None  # Entries along one side of a learned table of positions.
+
+  @classmethod
+  def _read(cls, config, fixed, **own):
+    """Returns the config of a `vision_config` section and other fields.
+
+    `fixed` are what the section must say, its `model_type` in 5.x apart.
+    """
+    where = "vision_config."
+    kinds = (fixed["model_type"], f"{fixed['model_type']}_vision")
+    hf_config.require(config, where, **fixed | {"model_type": kinds})
+    rotary = config.get("rope_parameters") or {}
+    schema.fit(rotary, dict, "config.json", key=f"{where}rope_parameters")
+    hf_config.require(
+      rotary, f"{where}rope_parameters.", rope_type=("axial", "default")
+    )
+    found = cls(
+      **hf_config.numbers(cls, config, where),
+      rope_theta=hf_config.number(rotary, "rope_theta", float, 1e4, where),
+      **own,
+    )
+    # Rows and columns turn a quarter of a head's values each, in pairs.
+    hf_config.check(
+      found.hidden_size % (4 * found.num_heads) == 0,
+      f"{where}hidden_size {found.hidden_size} does not split into num_heads"
+      f" {found.num_heads} of a multiple of 4",
+    )
+    return found
+
+  def to_hf(self):
+    """Returns what the `vision_config` section says of these fields."""
+    return hf_config.described(self) | {
+      "rope_parameters": {"rope_type": "axial", "rope_theta": self.rope_theta},
+    }  # fmt: skip
+
+  @property
+  def head_dim(self):
+    return self.hidden_size // self.num_heads
+
+  @property
+  def kernel_shape(self):
+    """Sizes of the patch convolution's kernel behind its outputs."""
+    side = self.patch_size
+    return CHANNELS, self.temporal_patch_size, side, side
+
+  @property
+  def patch_values(self):
+    return math.prod(self.kernel_shape)
+
+  @property
+  def patches_per_token(self):
+    return self.merge_size**2
+
+  def num_patches(self, grid):
+    return math.prod(grid) * self.patches_per_token
+
+  def input_shape(self, grid):
+    """Returns the shape of what the tower takes of a video."""
+    return self.num_patches(grid), self.patch_values
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig(PatchConfig):
+  """Sizes of a tower; lengths in pixels, `full_layers` see a whole slice."""
+
+  full_layers: tuple[int, ...]
+  window_size: int = hf_config.key(default=112, kind=hf_config.PIXELS)
 
   @classmethod
   def qwen2_5_vl(cls, out_hidden_size):
@@ -73,63 +140,22 @@ class VisionConfig:
   @classmethod
   def from_hf(cls, config):
     """Reads the `vision_config` section of a config.json."""
-    where = "vision_config."
-    kinds = (_FIXED["model_type"], "qwen2_5_vl_vision")
-    hf_config.require(config, where, **_FIXED | {"model_type": kinds})
-    rotary = config.get("rope_parameters") or {}
-    schema.fit(rotary, dict, "config.json", key=f"{where}rope_parameters")
-    hf_config.require(
-      rotary, f"{where}rope_parameters.", rope_type=("axial", "default")
-    )
-    full_layers = config.get("fullatt_block_indexes")
-    depth = hf_config.number(config, "depth", hf_config.LAYERS, where=where)
-    name = f"{where}fullatt_block_indexes"
-    numbers = list[schema.within(int, 0, depth - 1)]
-    schema.fit(full_layers, numbers, "config.json", key=name)
-    found = cls(
-      **hf_config.numbers(cls, config, where),
-      full_layers=tuple(sorted(full_layers)),
-      rope_theta=hf_config.number(rotary, "rope_theta", float, 1e4, where),
-    )
+    full_layers = layer_numbers(config, "fullatt_block_indexes")
+    found = cls._read(config, _FIXED, full_layers=tuple(sorted(full_layers)))
     token = found.patch_size * found.merge_size
     hf_config.check(
       found.window_size >= token,
-      f"{where}window_size {found.window_size} is below one token of {token}"
-      " pixels",
-    )
-    # Rows and columns turn a quarter of a head's values each, in pairs.
-    hf_config.check(
-      found.hidden_size % (4 * found.num_heads) == 0,
-      f"{where}hidden_size {found.hidden_size} does not split into num_heads"
-      f" {found.num_heads} of a multiple of 4",
+      f"vision_config.window_size {found.window_size} is below one token of"
+      f" {token} pixels",
     )
     return found
 
   def to_hf(self):
     """Returns the `vision_config` section, for 4.x and 5.x readers."""
-    return hf_config.described(self) | _FIXED | {
+    return super().to_hf() | _FIXED | {
       "spatial_patch_size": self.patch_size,
       "fullatt_block_indexes": list(self.full_layers),
-      "rope_parameters": {"rope_type": "axial", "rope_theta": self.rope_theta},
     }  # fmt: skip
-
-  @property
-  def head_dim(self):
-    return self.hidden_size // self.num_heads
-
-  @property
-  def kernel_shape(self):
-    """Sizes of the patch convolution's kernel behind its outputs."""
-    side = self.patch_size
-    return _CHANNELS, self.temporal_patch_size, side, side
-
-  @property
-  def patch_values(self):
-    return math.prod(self.kernel_shape)
-
-  @property
-  def patches_per_token(self):
-    return self.merge_size**2
 
   @property
   def window_side(self):
@@ -140,13 +166,6 @@ class VisionConfig:
   def mlp_width(self):
     """Values of a patch that the MLP holds at a time: both halves."""
     return 2 * self.intermediate_size
-
-  def num_patches(self, grid):
-    return math.prod(grid) * self.patches_per_token
-
-  def input_shape(self, grid):
-    """Returns the shape of what the tower takes of a video."""
-    return self.num_patches(grid), self.patch_values
 
   def flops(self, grid, out_width):
     """Returns the operations from patches to features of `out_width` values."""
@@ -162,6 +181,14 @@ class VisionConfig:
     total += 2 * D * (full * whole + (self.num_layers - full) * window)
     joined = D * merge
     return 2 * (total + sizes.num_tokens * joined * (joined + out_width))
+
+
+def layer_numbers(config, name):
+  """Returns a list of numbers of layers of a `vision_config` section."""
+  where = "vision_config."
+  depth = hf_config.number(config, "depth", hf_config.LAYERS, where=where)
+  kind, key = list[schema.within(int, 0, depth - 1)], f"{where}{name}"
+  return schema.fit(config.get(name), kind, "config.json", key=key)
 
 
 def rotary(coordinates, head_dim, theta):
@@ -202,6 +229,13 @@ def attend(q, k, v, segments, backend="auto"):
     q, k, v, lengths=segments.lengths, backend=backend
   )  # [S, R, N, H]
   return jnp.take(out.reshape(-1, *q.shape[2:]), segments.place, axis=0)
+
+
+def check_patches(patches, layout):
+  """Refuses patches [P, ...] of another number than the layout has."""
+  count = layout.coordinates.shape[1]
+  if len(patches) != count:
+    raise ValueError(f"{len(patches)} patches for a layout of {count}")
 
 
 class Block(qwen2.Part):
@@ -259,13 +293,10 @@ class Tower(qwen2.Part):
 
     Of normalised patches float[P, patch_values] and their `Layout`. Tokens stay
     in the order of the grid; features of padding are zero. `out` also holds the
-    wanted `signals`, see `Qwen2_5VLModel.encode_stages`.
+    wanted `signals`, see `QwenVLModel.encode_stages`.
     """
     cfg = self.config
-    if len(patches) != layout.coordinates.shape[1]:
-      raise ValueError(
-        f"{len(patches)} patches for a layout of {layout.coordinates.shape[1]}"
-      )
+    check_patches(patches, layout)
     embed = self.dense(cfg.hidden_size, "patch_embed", use_bias=False)
     x = embed(patches.astype(self.dtype))
     out = {"patch_embed": x}
@@ -284,12 +315,21 @@ class Tower(qwen2.Part):
     )
     out["vision_tower_output"] = x
     features = Merger(cfg, self.dtype, name="merger")(x)
-    valid = jnp.arange(len(features)) < layout.num_tokens
+    out |= pooled(signals, layout, cfg.patches_per_token)
+    return inside(features, layout), out
 
-    def tokens(signal):  # [P, ...] -> [N, ...]
-      groups = signal.reshape(-1, cfg.patches_per_token, *signal.shape[1:])
-      inside = valid.reshape(-1, *[1] * (signal.ndim - 1))
-      return jnp.where(inside, groups.mean(axis=1), 0)
 
-    out |= {name: tokens(signal) for name, signal in signals.items()}
-    return jnp.where(valid[:, None], features, 0), out
+def inside(x, layout):
+  """Returns x [N, ...] with zeros behind the video's own tokens."""
+  valid = jnp.arange(len(x)) < layout.num_tokens
+  return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+
+
+def pooled(signals, layout, size):
+  """Returns {name: [N, ...]}: means over the `size` patches of a token."""
+
+  def tokens(signal):  # [P, ...]
+    groups = signal.reshape(-1, size, *signal.shape[1:])
+    return inside(groups.mean(axis=1), layout)
+
+  return {name: tokens(signal) for name, signal in signals.items()}

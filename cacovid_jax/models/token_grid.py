@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
+from cacovid_jax.data import frames as frames_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +71,27 @@ def pick(grid, buckets):
   return min(fits, key=_size)
 
 
-def make_buckets(sizes, processor, num_frames, *, strict=True):
-  """Returns the GridBuckets of videos of F frames, the smallest first.
+def make_buckets(sizes, processor, rule, *, strict=True):
+  """Returns the GridBuckets of videos at a `frames.FrameRule`, smallest first.
 
   `sizes` are config.data.buckets, (temporal patches, tokens of one[, tokens])
-  each; those for fewer frames are refused if `strict`, or else left out.
-  Without any, one for the largest temporal patches that the
+  each; those for fewer frames than any clip shows are refused if `strict`, or
+  else left out. Without any, one for the largest temporal patches that the
   `processors.Processor` allows, and one half way (in proportion) from the
-  smallest: limits of 128 and 256 tokens give buckets of 181 and 256.
+  smallest: limits of 128 and 256 tokens give buckets of 181 and 256. Where T or
+  what a frame may take differs much, see `_lengths`.
   """
-  patches = -(-num_frames // processor.temporal_patch_size)
+  num_frames, fewest = rule.num_frames, rule.fewest
+  patches, least = (
+    -(-count // processor.temporal_patch_size) for count in (num_frames, fewest)
+  )
   sizes = [tuple(size) for size in sizes]
-  if not sizes:
-    least, most = processor.patch_tokens(num_frames)
-    sizes = [(patches, area) for area in (int((least * most) ** 0.5), most)]
+  if not sizes and _differ(processor, rule):
+    sizes = _lengths(processor, fewest, num_frames)
+  elif not sizes:
+    areas = processor.patch_tokens(num_frames)
+    areas = int(math.prod(areas) ** 0.5), areas[1]
+    sizes = [(patches, area) for area in areas]
   try:
     found = {GridBucket(*map(int, size)) for size in sizes}
   except (TypeError, ValueError) as error:
@@ -91,15 +99,41 @@ def make_buckets(sizes, processor, num_frames, *, strict=True):
       f"config.data.buckets={tuple(sizes)}: give (temporal patches, tokens of"
       " one) or (temporal patches, tokens of one, tokens) for each"
     ) from error
-  short = {bucket for bucket in found if bucket.frames < patches}
+  short = {bucket for bucket in found if bucket.frames < least}
+  if all(bucket.frames < patches for bucket in found):
+    short = found  # Clips of all frames would fit none.
   if short and strict:
     raise errors.UserError(
       f"config.data.buckets: {min(short, key=_size)} has fewer temporal patches"
       f" than the {patches} of {num_frames} frames; no clip would use it"
     )
   if short == found:
-    return make_buckets((), processor, num_frames)
+    return make_buckets((), processor, rule)
   return sorted(found - short, key=_size)
+
+
+def _differ(processor, rule) -> bool:
+  """Returns whether one length of buckets would not do for a rule's clips."""
+  if rule.fills or rule.name == frames_lib.RATE_RULE:
+    return not rule.fills
+  tokens = processor.patch_tokens
+  return tokens(rule.fewest) != tokens(rule.num_frames)
+
+
+def _lengths(processor, fewest: int, most: int):
+  """Yields (frames, frame tokens, tokens) of buckets, each for clips that are
+  up to twice as long as those of the one before."""
+  size = processor.temporal_patch_size
+  start = max(fewest, size)
+  while start <= most:
+    end = min(2 * start, most)
+    counts = range(start, end + 1)
+    areas = [processor.patch_tokens(count)[1] for count in counts]
+    tokens = [
+      -(-n // size) * area for n, area in zip(counts, areas, strict=True)
+    ]
+    yield -(-end // size), max(areas), max(tokens)
+    start = end + 1
 
 
 def _size(bucket):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cacovid_jax import errors
 from cacovid_jax.models import layers as layers_lib
 from cacovid_jax.models import qwen2
 
@@ -70,7 +71,8 @@ class VideoFeatures(NamedTuple):
 
   features: Any  # float[N, D], zero behind the grid's own tokens.
   grid: tuple[int, int, int]  # (T, H, W).
-  second_per_grid_t: float = 1.0  # See `processors.TowerInputs`.
+  # See `processors.TowerInputs`.
+  second_per_grid_t: float | tuple[float, ...] = 1.0
   signals: Mapping[str, jax.Array] = {}  # Those of `SIGNALS` that were wanted.
   # float[S, N, D] added to the video rows that decoder layers 0 to S - 1 give
   # (Qwen3-VL's DeepStack), None for most models. Pruning gathers it as it does
@@ -152,10 +154,29 @@ class VideoLLM(abc.ABC):
   def init(self, rng):
     """Returns random float32 parameters."""
 
-  def encode_prompt(self, tokenizer, text, grid, second_per_grid_t=1.0):
+  @property
+  def prompt_rule(self) -> Mapping[str, Any]:
+    """What results tell of prompts that releases of the reference differ in."""
+    return {}
+
+  def with_outer_vision_tags(self, stay: bool) -> "VideoLLM":
+    """Returns the model whose prompts keep the marks around a clip, or do not.
+
+    Of those alone that write each temporal patch on its own.
+    """
+    errors.check(
+      not stay,
+      "model.outer_vision_tags is for models that write the time of each"
+      " temporal patch (Qwen3-VL); leave it out",
+    )
+    return self
+
+  def encode_prompt(self, tokenizer, text, grid, second_per_grid_t=None):
     """Returns the `data.tokenizer.Prompt` of a question about a video.
 
-    The tokenizer is the checkpoint's, `grid` the video's (T, H, W).
+    The tokenizer is the checkpoint's, `grid` the video's (T, H, W). Seconds are
+    as of `processors.TowerInputs`; without any, a prompt that tells them is as
+    long as such prompts usually get.
     """
     del second_per_grid_t  # Not in these models' text.
     return tokenizer.encode_prompt(text, math.prod(grid))

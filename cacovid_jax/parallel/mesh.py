@@ -1,4 +1,4 @@
-"""Device mesh, placement of arrays, sharding rules, multi-host start-up.
+"""Device mesh, placement of arrays, sharding rules.
 
 Of the mesh's axes, `data` holds different videos, `model` slices of the frozen
 base model's weights. The policy and its optimiser state are replicated.
@@ -43,6 +43,13 @@ def make_mesh(data=0, model=1, *, devices: Sequence[Any] | None = None) -> Mesh:
     raise errors.UserError(
       f"mesh of data={data} x model={model} needs {data * model} devices and"
       f" there are {len(devices)}; lower config.mesh.data or config.mesh.model"
+    )
+  used = {device.process_index for device in devices[: data * model]}
+  if idle := {device.process_index for device in devices} - used:
+    raise errors.UserError(
+      f"mesh of data={data} x model={model} has no device of process"
+      f" {', '.join(map(str, sorted(idle)))}; raise config.mesh.data, or start"
+      " fewer processes"
     )
   # The default, Explicit, asks for shardings in every op.
   options = dict(axis_types=(AxisType.Auto, AxisType.Auto))
@@ -156,8 +163,44 @@ def put(tree, mesh: Mesh, spec: P):
     if jax.process_count() == 1:
       return jax.device_put(x, sharding)
     host = np.asarray(x)
-    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+    with jax.transfer_guard("allow"):  # It is stated here.
+      return jax.make_array_from_callback(
+        host.shape, sharding, host.__getitem__
+      )
 
+  return jax.tree.map(place, tree)
+
+
+def own_places(mesh: Mesh) -> list[int]:
+  """Returns the places of the axis `data` that this process's devices have."""
+  own = jax.process_index()
+  return [
+    place
+    for place, devices in enumerate(mesh.devices)
+    if any(device.process_index == own for device in devices)
+  ]
+
+
+def own_rows(mesh: Mesh, count: int) -> list[int]:
+  """Returns which of `count` rows, split over `data`, this process holds."""
+  each = count // mesh.shape["data"]
+  return [
+    row
+    for place in own_places(mesh)
+    for row in range(place * each, (place + 1) * each)
+  ]
+
+
+def put_own(tree, mesh: Mesh):
+  """Places trees of rows, of which each process has its `own_rows`."""
+  sharding, own = NamedSharding(mesh, P("data")), len(own_places(mesh))
+
+  def place(x):
+    shape = (len(x) * mesh.shape["data"] // own, *x.shape[1:])
+    return jax.make_array_from_process_local_data(sharding, x, shape)
+
+  if jax.process_count() == 1:
+    return put(tree, mesh, P("data"))
   return jax.tree.map(place, tree)
 
 
@@ -200,20 +243,32 @@ def jit_rows(
   return jit(mapped, kind)
 
 
-def start_processes(
-  coordinator: str | None, num_processes: int, process_id: int
-) -> None:
-  """Joins the processes of a multi-host run; one process needs nothing.
+def whole(function: Callable, mesh: Mesh | None):
+  """Returns a function, to be jitted, that each device of `data` computes.
 
-  All three are given, never guessed from the environment, so that a wrong
-  launch fails here and not as a hang in the first collective.
+  All of it, where the base model is split over `model`: code inside a map sees
+  the mesh, as `models.attention` must. Elsewhere it is the function itself.
   """
-  if num_processes <= 1:
-    return
-  if not coordinator or not 0 <= process_id < num_processes:
+  if mesh is None or mesh.shape["model"] == 1:
+    return function
+  return map_over_data(function, mesh, P(), P())
+
+
+def mesh_of(params) -> Mesh | None:
+  """Returns the mesh that weights lie on, None for one device."""
+  for leaf in jax.tree.leaves(params):
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+      return sharding.mesh
+  return None
+
+
+def check_heads(num_heads: int, mesh: Mesh) -> None:
+  """Refuses a `model` axis that does not divide the base model's heads."""
+  size = mesh.shape["model"]
+  if num_heads % size:
+    fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
     raise errors.UserError(
-      f"num_processes={num_processes} needs coordinator=host:port and a"
-      f" process_id from 0 to {num_processes - 1}, got {coordinator!r} and"
-      f" {process_id}"
+      f"config.mesh.model={size} does not divide the base model's {num_heads}"
+      f" attention heads; use one of {', '.join(map(str, fits))}"
     )
-  jax.distributed.initialize(coordinator, num_processes, process_id)

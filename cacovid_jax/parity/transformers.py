@@ -9,7 +9,6 @@ Axes: B prompts, L prompt tokens, D width, T frames, N video tokens.
 
 import contextlib
 import functools
-import itertools
 import os
 from typing import Any
 
@@ -18,15 +17,14 @@ import numpy as np
 from cacovid_jax import errors
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, hub
-from cacovid_jax.parity import models
+from cacovid_jax.parity import models, reference_patches
 
 _QUESTIONS = (
   "What happens first?",
   "Describe the video in one sentence, and name the colours that you see.",
 )
-# From one time slice to the next, of the two clips. Several versions count
-# whole seconds only; their positions are compared where that is no matter.
-_SECONDS = ((1.0, 0.7), (1.0, 2.0))
+# What the decoder calls features that it adds to rows of video.
+_DEEP = "deepstack_visual_embeds"
 # Kept of the video tokens where the pruned prompt is compared.
 _KEPT = 0.25
 # Logits nearer to each other than this share of the largest (or of 8) may
@@ -79,16 +77,18 @@ def reference(
   torch, model = load(directory, name, device, dtype, attention)
   with torch.no_grad():
     run = _Run(torch, model, device, config, rng, max_new_tokens)
-    arrays = make(run, directory, num_frames)
-  return {name: _numpy(value) for name, value in arrays.items()}
+    grids = [(num_frames, *size) for size in frame_sizes(config)]
+    arrays = make(run, directory, np.array(grids))
+  return {
+    name: reference_patches.to_numpy(value) for name, value in arrays.items()
+  }
 
 
-def _llava_onevision(run, directory, num_frames) -> dict[str, Any]:
+def _llava_onevision(run, directory, grids) -> dict[str, Any]:
   core, config = run.model.model, run.config
-  size, side = config.vision.image_size, config.pooled_side
-  num_video = num_frames * side * side
-  pixels = (2, num_frames, 3, size, size)
-  inputs = run.inputs(directory, [num_video] * 2, pixels, num_newlines=1)
+  size, num_video = config.vision.image_size, int(grids[0].prod())
+  pixels = (2, grids[0, 0], 3, size, size)
+  inputs = run.inputs(directory, grids, pixels)
   mask = inputs["attention_mask"]
   # As generation numbers them; a direct call counts the padding, too.
   positions = np.where(mask == 1, mask.cumsum(axis=1) - 1, 1)
@@ -110,61 +110,11 @@ def _llava_onevision(run, directory, num_frames) -> dict[str, Any]:
   }
 
 
-def _qwen2_5_vl(run, directory, num_slices) -> dict[str, Any]:
-  visual, config, vision = run.model.model.visual, run.config, run.config.vision
-  grids = np.array([(num_slices, *size) for size in frame_sizes(config)])
-  num_video = grids.prod(axis=1)
-  patches = (num_video.sum() * vision.patches_per_token, vision.patch_values)
-  inputs = run.inputs(directory, num_video, patches)
-  ids, mask = inputs["input_ids"], inputs["attention_mask"]
-  inputs |= {
-    "video_grid_thw": grids * (1, vision.merge_size, vision.merge_size),
-    # 2 marks videos.
-    "mm_token_type_ids": np.where(ids == config.video_token_id, 2, 0),
-  }
-  seconds, positions, deltas = _counted_seconds(run, inputs)
-  inputs["second_per_grid_ts"] = seconds
-  modules = dict(patch_embed=visual.patch_embed, tower=visual)
-  seen, arrays = run.decoder(inputs, positions, num_video[0], **modules)
-  tower = seen["tower"][-1]
-  order, ends = _windows(visual, run.tensor(inputs["video_grid_thw"]))
-
-  old = _positions_4_50(ids, mask, grids, seconds, config)
-  hidden, logits = run.language(arrays["inputs_embeds"], mask, old)
-  following = np.where(mask == 1, old, -1).max(axis=(0, 2)) + 1
-  return arrays | {
-    "patch_embed": seen["patch_embed"][-1],
-    "window_index": order,
-    "cu_window_seqlens": ends,
-    "vision_tower_output": tower.last_hidden_state,
-    # By now split by video.
-    "video_features": np.concatenate([*map(_numpy, tower.pooler_output)]),
-    "rope_deltas": deltas,
-    "v4_position_ids": old,
-    "v4_rope_deltas": (following - ids.shape[1])[:, None],
-    "v4_last_hidden_state": hidden,
-    "v4_logits": logits,
-  }
-
-
-_MAKERS = {"llava_onevision": _llava_onevision, "qwen2_5_vl": _qwen2_5_vl}
-
-
-def _counted_seconds(run, inputs):
-  """Returns (seconds, positions, deltas): fractions if this version counts."""
-  known = {name: run.tensor(value) for name, value in inputs.items()}
-  del known["pixel_values_videos"]
-
-  def index(seconds):
-    known["second_per_grid_ts"] = run.tensor(seconds)
-    return map(_numpy, run.model.model.get_rope_index(**known))
-
-  for seconds in np.array(_SECONDS, np.float32):
-    positions, deltas = index(seconds)
-    whole, _ = index(np.trunc(seconds))
-    if (positions != whole).any():
-      break
-  return seconds, positions, deltas
+_MAKERS = {
+  "llava_onevision": _llava_onevision,
+  "qwen2_5_vl": reference_patches.qwen2_5_vl,
+  "qwen3_vl": reference_patches.qwen3_vl,
+}
 
 
 def frame_sizes(config):
@@ -172,47 +122,9 @@ def frame_sizes(config):
   processor = checkpoints.make_model(config).processor
   if processor.one_grid:
     return [processor.fixed_grid(1)[1:]] * 2
-  # Grids that the windows do and do not divide.
-  vision = config.vision
-  side = max(2, vision.window_size // (vision.patch_size * vision.merge_size))
+  # Grids that windows, where there are some, do and do not divide.
+  side = max(2, config.vision.window_side or 0)
   return [(side + 1, side + 2), (side, side - 1)]
-
-
-def _windows(tower, grids):
-  """Returns (tokens in the order of windows, where windows end in patches)."""
-  grids = grids.cpu()
-  if hasattr(tower, "get_window_index"):  # Before it was a function.
-    order, ends = tower.get_window_index(grids)
-  else:
-    from transformers import vision_utils
-
-    names = ("spatial_merge_size", "window_size", "patch_size")
-    order, ends = vision_utils.get_vision_window_index(
-      grids, **{name: getattr(tower, name) for name in names}
-    )
-  # Windows without a token end where the one before does.
-  return _numpy(order), np.unique(_numpy(ends))
-
-
-def _positions_4_50(ids, mask, grids, seconds, config) -> np.ndarray:
-  """Returns int64[3, B, L] by the rule of 4.50, which 5.x no longer has.
-
-  Token by token, unlike `qwen2_5_vl.position_ids`, so that one checks the
-  other; only the decoder behind it is transformers' own.
-  """
-  positions = np.ones((3, *ids.shape), np.int64)
-  for row, (T, H, W) in enumerate(grids):
-    step = np.float32(seconds[row]) * np.float32(config.tokens_per_second)
-    cells, following, start = itertools.product(*map(range, (T, H, W))), 0, None
-    for place in np.flatnonzero(mask[row]):
-      where = following
-      if ids[row, place] == config.video_token_id:
-        start = following if start is None else start
-        time, *cell = next(cells)
-        where = start + np.array([int(np.float32(time) * step), *cell])
-      positions[:, row, place] = where
-      following = max(following, int(np.max(where)) + 1)
-  return positions
 
 
 class _Run:
@@ -226,10 +138,9 @@ class _Run:
   def tensor(self, array):
     return self._torch.from_numpy(np.asarray(array)).to(self._device)
 
-  def inputs(self, directory, num_video, pixels, num_newlines=0):
+  def inputs(self, directory, grids, pixels):
     """Returns left-padded prompts and random pixels of a shape."""
-    given = (self.config, num_video, self._rng, num_newlines)
-    prompts = _prompts(directory, *given)
+    prompts = _prompts(directory, self.config, grids, self._rng)
     # Any text id will do at the padding: the mask hides it.
     shape = (len(prompts), max(map(len, prompts)))
     ids = np.full(shape, prompts[0][0], np.int64)
@@ -265,15 +176,15 @@ class _Run:
     }
     is_video = inputs["input_ids"][0] == self.config.video_token_id
     video = np.flatnonzero(is_video)[:num_video]
-    mask = inputs["attention_mask"]
-    return seen, arrays | self._dropped(embeds, positions, video, mask)
+    mask, deep = inputs["attention_mask"], seen["language"][1].get(_DEEP)
+    return seen, arrays | self._dropped(embeds, positions, video, mask, deep)
 
-  def language(self, embeds, mask, positions):
+  def language(self, embeds, mask, positions, **options):
     """Returns (last hidden state, logits) of the decoder alone."""
     # Without a mask, gaps in the positions are read as ends of sequences.
     out = self.model.model.language_model(
       inputs_embeds=embeds, attention_mask=self.tensor(mask),
-      position_ids=self.tensor(positions), use_cache=False,
+      position_ids=self.tensor(positions), use_cache=False, **options,
     )  # fmt: skip
     return out.last_hidden_state, self._head(out.last_hidden_state)
 
@@ -281,13 +192,20 @@ class _Run:
     weight = self.model.lm_head.weight
     return self._torch.nn.functional.linear(hidden.float(), weight.float())
 
-  def _dropped(self, embeds, positions, video, mask) -> dict[str, Any]:
-    """Runs the first prompt with some of its rows `video`, positions kept."""
+  def _dropped(self, embeds, positions, video, mask, deep) -> dict[str, Any]:
+    """Runs the first prompt with some of its rows `video`, positions kept.
+
+    `deep` are features that the decoder adds to rows of video, or None.
+    """
     num_keep = max(1, int(_KEPT * len(video)))
     gone = self._rng.permutation(video)[num_keep:]
     index = np.setdiff1d(np.flatnonzero(mask[0]), gone)
     embeds, ones = embeds[:1, self.tensor(index)], np.ones((1, len(index)), int)
-    found = self.language(embeds, ones, positions[..., :1, index])
+    options, kept = {}, np.flatnonzero(~np.isin(video, gone))
+    if deep is not None:
+      options[_DEEP] = [one[self.tensor(kept)] for one in deep]
+      options["visual_pos_masks"] = self.tensor(np.isin(index, video)[None])
+    found = self.language(embeds, ones, positions[..., :1, index], **options)
     names = ("keep_index", "last_hidden_state", "logits")
     found = dict(zip(names, (index, *found), strict=True))
     return {f"dropped_{name}": value for name, value in found.items()}
@@ -368,33 +286,34 @@ def _recorded(**modules):
     yield seen
 
 
-def _prompts(directory, config, num_video, rng, num_newlines):
+def _prompts(directory, config, grids, rng):
   """Returns int64[L] ids of each question; random ids without a tokenizer.
 
-  Behind the N tokens of each video are as many newlines of the same id.
+  Behind the tokens of each video are as many newlines as the model has.
   """
+  model = checkpoints.make_model(config)
   if os.path.isfile(os.path.join(directory, "tokenizer.json")):
     tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
-    each = zip(_QUESTIONS, map(int, num_video), strict=True)
-    return [tokenizer.encode_prompt(*x).ids.astype(np.int64) for x in each]
+    each = zip(
+      _QUESTIONS, (tuple(map(int, grid)) for grid in grids), strict=True
+    )
+    prompts = [model.encode_prompt(tokenizer, *x) for x in each]
+    return [prompt.ids.astype(np.int64) for prompt in prompts]
   start, end = (
     [getattr(config, name)] if hasattr(config, name) else []
     for name in ("vision_start_token_id", "vision_end_token_id")
   )
   special = [config.image_token_id, config.video_token_id, *start, *end]
   text = np.setdiff1d(np.arange(config.text.vocab_size), special)
-  prompts = []
-  for count, length in zip(num_video, (6, 11), strict=True):
-    video = [config.video_token_id] * (count + num_newlines)
-    parts = [rng.choice(text, 4), start, video, end, rng.choice(text, length)]
+  apart, prompts = model.processor.tells_time, []
+  for (T, *sides), length in zip(grids, (6, 11), strict=True):
+    # In one block, or each temporal patch behind its time.
+    blocks, each = (T, 1) if apart else (1, T)
+    video = [config.video_token_id] * (each * np.prod(sides))
+    video += [config.video_token_id] * model.num_newlines
+    parts = [rng.choice(text, 4)]
+    for block in range(blocks):
+      parts += [rng.choice(text, apart * (1 + block % 3)), start, video, end]
+    parts.append(rng.choice(text, length))
     prompts.append(np.concatenate(parts).astype(np.int64))
   return prompts
-
-
-def _numpy(value) -> np.ndarray:
-  """Returns the array of a tensor; lists and arrays are told as they are."""
-  if not hasattr(value, "detach"):
-    return np.asarray(value)
-  # NumPy has no bfloat16 of its own.
-  value = value.float() if value.is_floating_point() else value
-  return value.detach().cpu().numpy()

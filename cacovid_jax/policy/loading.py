@@ -8,6 +8,7 @@ names it, too: `PATH?module=path/to/file.py:Class`.
   class MyPolicy(nn.Module):
     @classmethod
     def from_llm_config(cls, llm, **options): ...  # -> module
+    # May declare a keyword `ratio`: scores then are of a retention ratio.
     def __call__(self, x, positions, video_rows, grid, length=None): ...
     @nn.nowrap
     def init_from_llm(self, rng, llm_params): ...  # -> params
@@ -24,6 +25,7 @@ rate of pretrained weights, all others with that of the heads.
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import logging
 import os
@@ -55,6 +57,7 @@ class _Described(msgspec.Struct):
   """What policy_config.json says and loading needs."""
 
   policy: dict = {}
+  ratios: list[float] = []  # That it was trained at.
   base_model: _BaseModel = msgspec.field(default_factory=_BaseModel)
   weights_sha256: dict[str, list[str]] = {}
   module_sha256: str | None = None
@@ -75,12 +78,29 @@ class LoadedPolicy:
   module: Any  # Linen module, applied as `network.Policy` is.
   params: Any  # Trained parameters.
   identity: str = ""  # Digest of the parameters, as the file has them.
+  ratios: tuple[float, ...] = ()  # That it was trained at; empty if unknown.
 
   @classmethod
-  def of(cls, module, params, identity=""):
+  def of(cls, module, params, identity="", ratios=()):
     """Returns the policy with `for_inference` of params, where it has one."""
     cast = getattr(module, "for_inference", lambda params: params)
-    return cls(module, cast(params), identity)
+    return cls(module, cast(params), identity, tuple(ratios))
+
+  def check_ratio(self, name: str, ratio: float) -> None:
+    """Warns, once, of a ratio that it reads and was not trained around."""
+    if not self.ratios or not network.reads_ratio(self.module):
+      return
+    low, high = min(self.ratios), max(self.ratios)
+    if not low <= ratio <= high:
+      _warn_once(
+        f"policy {name!r} reads the ratio and was trained from {low:g} to"
+        f" {high:g}: its scores at {ratio:g} are a guess"
+      )
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+  _log.warning(text)
 
 
 def find_policy(options, where="config") -> tuple[type, str, dict[str, Any]]:
@@ -154,7 +174,7 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
   if module:
     options["module"] = module
   elif not options:
-    options["num_halvings"] = _num_halvings(file)
+    options = _sizes(file)
   # The dtype of the base model here, not of the accelerator it was trained on.
   llm, dtype = checkpoint.model.config.text, checkpoint.model.dtype
   policy, digest = make_policy(llm, options, where=config, dtype=dtype)
@@ -165,7 +185,8 @@ def load_policy(spec: str | os.PathLike, checkpoint) -> LoadedPolicy:
       f"policy {path} was trained with another text of {options['module']}:"
       f" sha256 {before:.12}, now {digest:.12}"
     )
-  return LoadedPolicy.of(policy, load(file, policy), identity)
+  params = load(file, policy)
+  return LoadedPolicy.of(policy, params, identity, described.ratios)
 
 
 def split(spec: str | os.PathLike) -> tuple[str, str]:
@@ -215,16 +236,20 @@ def _identity(file: pathlib.Path, known: dict[str, list[str]]) -> str:
   return found
 
 
-def _num_halvings(file: pathlib.Path) -> int:
-  """Returns the hidden layers of the heads in a file of the public format."""
+def _sizes(file: pathlib.Path) -> dict[str, int]:
+  """Returns the options of a policy in a file of the public format."""
   layer = re.compile(r"compression_policy\.token_compress\..*\.weight")
-  count = sum(map(bool, map(layer.fullmatch, read(file))))
+  tensors = read(file)
+  count = sum(map(bool, map(layer.fullmatch, tensors)))
   if not count:
     raise errors.UserError(
       f"{file} holds no policy under the public names, and no"
       " policy_config.json lies beside it"
     )
-  return count - 1
+  found = {"num_halvings": count - 1}
+  if network.BUDGET in tensors:
+    found["budget_embedding"] = tensors[network.BUDGET].shape[-1] // 2
+  return found
 
 
 def save(path, policy, params, dtype=np.float32):
@@ -270,11 +295,15 @@ def lend(folder: pathlib.Path, to: pathlib.Path) -> None:
 def load(path, policy, params=None):
   """Returns params as `save` wrote them, or as a public checkpoint holds them.
 
-  Of one's own, shapes are compared with those of `params`. What is unreadable,
-  or has tensors missing, left over or misshaped, is a UserError.
+  Of one's own, shapes are compared with those of `params`, which training
+  starts from; there a policy without a budget embedding has one of zeros. What
+  is unreadable, or has tensors missing, left over or misshaped, is a UserError.
   """
   tensors = read(path)
   if isinstance(policy, network.Policy):
+    if params is not None and "budget" in params:
+      shape = params["budget"]["kernel"].shape[::-1]
+      tensors.setdefault(network.BUDGET, np.zeros(shape, np.float32))
     return network.from_public(tensors, policy.config)
   if params is not None:
     flat = traverse_util.flatten_dict(params, sep="/")

@@ -6,7 +6,8 @@ prompt; two small MLPs turn its video rows into drop/keep scores.
 Top-level parameter names: `layer` is the decoder layer that starts from the
 LLM's layer 0 (the optimiser gives it the lower rate); `layernorm`,
 `token_compress`, `frame_compress` are new; `mode_selection` is carried along
-for the public checkpoint's sake and never trained.
+for the public checkpoint's sake and never trained. Beyond the paper, `budget`
+tells the heads the retention ratio, so that one policy serves all of them.
 
 Axes: L prompt tokens, N = T*H*W video tokens, T frames, D width, P position
 rows.
@@ -15,7 +16,9 @@ Paper: https://arxiv.org/abs/2602.01649 (compression policy network).
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import inspect
+import math
+from typing import Any, NamedTuple
 
 import chex
 import flax.linen as nn
@@ -26,10 +29,12 @@ from flax import traverse_util
 
 from cacovid_jax import errors
 from cacovid_jax.models import layers as layers_lib
-from cacovid_jax.models import placement, qwen2, rope, token_grid
+from cacovid_jax.models import placement, qwen2, token_grid
 
 _HEADS = ("token_compress", "frame_compress", "mode_selection")
 _PUBLIC = "compression_policy"
+BUDGET = f"{_PUBLIC}.budget.weight"  # Our name, in files of the public format.
+_OCTAVES = 16  # Period of the first wave: it tells all ratios above 2**-16.
 
 
 class Scores(NamedTuple):
@@ -53,6 +58,7 @@ class PolicyConfig:
   num_halvings: int = 4  # Hidden layers, each half as wide as the last.
   dtype: jnp.dtype = jnp.float32  # Of the hidden layers; scores are float32.
   backend: str = "auto"  # Attention backend, see `models.attention`.
+  budget_embedding: int = 0  # Waves of `ratio_features`; 0 reads no ratio.
 
   def __post_init__(self):
     narrowest = self.llm.hidden_size >> max(self.num_halvings, 0)
@@ -105,8 +111,18 @@ class Policy(nn.Module):
     self.token_compress = Head(2, **head)
     self.frame_compress = Head(2, **head)
     self.mode_selection = Head(3, **head)
+    if cfg.budget_embedding:
+      # Zero before training: scores are those of the policy without it.
+      self.budget = nn.Dense(
+        cfg.llm.hidden_size,
+        use_bias=False,
+        kernel_init=nn.initializers.zeros,
+        dtype=cfg.dtype,
+      )
 
-  def __call__(self, x, positions, video_rows, grid, length=None):
+  def __call__(
+    self, x, positions, video_rows, grid, length=None, *, ratio=None
+  ):
     """Returns the Scores of one prompt's video tokens and frames.
 
     In a bucket they are f32[T_max, 2] and f32[N_max, 2], zero in padding.
@@ -118,14 +134,16 @@ class Policy(nn.Module):
         in a bucket int32[N_max], L behind the video's own.
       grid: (T, H, W), static; or a `token_grid.TokenGrid`.
       length: int32[] valid rows of a right-padded prompt; None for all.
+      ratio: float[] retention ratio; read with a budget embedding alone, and
+        then without it a UserError.
     """
     grid = token_grid.TokenGrid.of(grid)
     chex.assert_shape(video_rows, (grid.bucket.tokens,))
     video = self._encode(x, positions, length)[video_rows]  # [N, D]
     # The mean is taken before the norm, and in float32.
     frames = grid.frame_means(video)
-    frame = self.frame_compress(self.layernorm(frames))
-    token = self.token_compress(self.layernorm(video))
+    frame = self.frame_compress(self._normed(frames, ratio))
+    token = self.token_compress(self._normed(video, ratio))
     return Scores(
       frame=token_grid.fill(frame, grid.valid_frames[:, None], 0.0),
       token=token_grid.fill(token, grid.valid_tokens[:, None], 0.0),
@@ -143,12 +161,22 @@ class Policy(nn.Module):
     mean = jnp.where(text[:, None], h, 0.0).sum(axis=0) / text.sum()
     return 100.0 * self.mode_selection(mean)
 
+  def _normed(self, v, ratio):
+    """Returns float[..., D], what a head reads of v float[..., D]."""
+    waves, v = self.config.budget_embedding, self.layernorm(v)
+    if not waves:
+      return v
+    if ratio is None:
+      raise errors.UserError(
+        f"the policy was made with budget_embedding={waves}: its scores depend"
+        " on the retention ratio, and none was given; pass ratio"
+      )
+    return v + self.budget(ratio_features(ratio, waves))
+
   def _encode(self, x, positions, length):
     """Returns float[L, D], the layer's output, without a causal mask."""
     cfg, llm = self.config, self.config.llm
-    cos, sin = rope.angles(
-      positions[:, None], llm.head_dim, llm.rope_theta, llm.rope_sections
-    )
+    cos, sin = qwen2.angles(llm, positions[None])
     lengths = None if length is None else jnp.reshape(length, (1,))
     h, _ = self.layer(
       x.astype(cfg.dtype)[None], cos, sin, causal=False, lengths=lengths
@@ -161,7 +189,7 @@ class Policy(nn.Module):
     positions = jnp.zeros((len(rows) if rows else 1, 2), jnp.int32)
     x = jnp.zeros((2, self.config.llm.hidden_size))
     video_rows = jnp.zeros(1, jnp.int32)
-    self(x, positions, video_rows, (1, 1, 1))
+    self(x, positions, video_rows, (1, 1, 1), ratio=1.0)
     return self.mode_scores(x, positions, video_rows)
 
   @nn.nowrap
@@ -201,6 +229,48 @@ class Policy(nn.Module):
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def ratio_features(ratio, num_waves: int):
+  """Returns float32[2 * num_waves], of a retention ratio in (0, 1].
+
+  Sines, then cosines, of its octaves; each wave has half the period of the one
+  before it.
+  """
+  octaves = jnp.log2(jnp.asarray(ratio, jnp.float32))
+  angles = octaves * (2 * math.pi / _OCTAVES * 2.0 ** np.arange(num_waves))
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
+
+
+def reads_ratio(policy) -> bool:
+  """Returns whether the scores of a policy module depend on the ratio.
+
+  Of one's own: whether its `__call__` declares `ratio`.
+  """
+  if isinstance(policy, Policy):
+    return bool(policy.config.budget_embedding)
+  return "ratio" in inspect.signature(type(policy).__call__).parameters
+
+
+def ratio_argument(policy, ratio) -> dict[str, Any]:
+  """Returns the keyword argument of a ratio, for policies that read it."""
+  return {"ratio": ratio} if reads_ratio(policy) else {}
+
+
+def score(policy, params, prompt, grid, ratio):
+  """Returns the Scores of ONE prompt by a policy module, one's own included.
+
+  Args:
+    policy: the module, of parameters `params`.
+    prompt: `models.prompt_batch.PromptBatch` without the axis B.
+    grid: `token_grid.TokenGrid`.
+    ratio: float[] retention ratio; modules that do not declare it get none.
+  """
+  given = prompt.x, prompt.positions, prompt.video_rows
+  # What a policy of one's own reads where all videos have this one.
+  grid = grid.shape if grid.full else grid
+  more = ratio_argument(policy, ratio)
+  return policy.apply({"params": params}, *given, grid, prompt.lengths, **more)
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def _new_heads(rng, *, config):
   """Returns fresh parameters of all but the decoder layer."""
@@ -216,10 +286,15 @@ def shapes(config):
   return {path: leaf.shape for path, leaf in _flatten(params).items()}
 
 
-def public_names(num_halvings):
-  """Returns {our path: (public name, transposed)} of every parameter."""
-  rows = placement.rows(_PUBLIC, "", layernorm="scale")
-  rows |= qwen2.layer_rows(f"{_PUBLIC}.layers.0", "layer")
+def public_names(num_halvings, budget=False, qk_norm=False):
+  """Returns {our path: (public name, transposed)} of every parameter.
+
+  `budget` tells whether there is a budget embedding, which is not public;
+  `qk_norm` whether the layer norms queries and keys.
+  """
+  embedding = {"budget": "linear"} if budget else {}
+  rows = placement.rows(_PUBLIC, "", layernorm="scale", **embedding)
+  rows |= qwen2.layer_rows(f"{_PUBLIC}.layers.0", "layer", qk_norm=qk_norm)
   for head in _HEADS:
     # A `Sequential`: odd indices are activations.
     kinds = {f"{2 * i}": f"dense hidden_{i}" for i in range(num_halvings)}
@@ -232,7 +307,9 @@ def public_names(num_halvings):
 def to_public(params, dtype=np.float32):
   """Returns {public name: array of a dtype} of params, for safetensors."""
   flat, public = _flatten(params), {}
-  names = public_names(len(params["token_compress"]) - 1)  # All but the last.
+  num_halvings = len(params["token_compress"]) - 1  # All but the last.
+  own = "budget" in params, "q_norm" in params["layer"]
+  names = public_names(num_halvings, *own)
   for path, leaf in flat.items():
     name, transposed = names[path]
     leaf = np.asarray(leaf).astype(dtype)
@@ -247,7 +324,9 @@ def from_public(tensors, config):
   `mode_selection` may be absent, all of it; params then lack it too. Names that
   are missing, left over, or of another shape are a UserError.
   """
-  names, expected = public_names(config.num_halvings), {}
+  own = bool(config.budget_embedding), config.llm.qk_norm
+  names = public_names(config.num_halvings, *own)
+  expected = {}
   optional = f"{_PUBLIC}.mode_selection."
   has_optional = any(name.startswith(optional) for name in tensors)
   for path, shape in shapes(config).items():

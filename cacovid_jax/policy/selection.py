@@ -170,6 +170,22 @@ def select(scores, budget):
   return index.astype(jnp.int32)
 
 
+def mass_left(scores, sizes):
+  """Returns float32[S]: what the best K tokens leave out, for S sizes K.
+
+  The mass of a token is its share of the softmax of keep - drop over the clip,
+  as of a group's tokens in training; ours, not the paper's.
+
+  Args:
+    scores: Scores of a full grid.
+    sizes: int[S], of 0 to N.
+  """
+  mass = jax.nn.softmax(network.keep_gap(scores.token))
+  # Summed from the smallest on: nothing is left behind all N.
+  left = jnp.append(jnp.cumsum(jnp.sort(mass))[::-1], 0.0)
+  return left[np.asarray(sizes)]
+
+
 def frame_probs(gap, *, low, high, sharpness=3.0, valid=None):
   """Returns float32[T] shares of the budget, of frame gaps float32[T].
 

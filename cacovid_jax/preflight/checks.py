@@ -23,6 +23,7 @@ from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.evals import cost, evaluation
 from cacovid_jax.inference import clips
 from cacovid_jax.inference import methods as methods_lib
+from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 from cacovid_jax.preflight import case as case_lib
 from cacovid_jax.training import batches, programs, run, seams
@@ -104,7 +105,8 @@ def _one_policy(case: case_lib.Case, name: str, spec: str) -> tuple[str, ...]:
   told += f"; trained at ratios {ratios}" if ratios else ""
   frames = case.config.data.num_frames
   grid, own = described.grid, case.processor.fixed_grid(frames)
-  if grid and own and grid != list(own):
+  # Of buckets, which hold several grids, there are lists.
+  if own and grid and isinstance(grid[0], int) and grid != list(own):
     sizes = [" x ".join(map(str, one)) for one in (grid, own)]
     mend = "show as many frames as in training, or expect another accuracy"
     told += f" on {sizes[0]} video tokens, not the {sizes[1]} asked here"
@@ -186,7 +188,8 @@ def _clips(case: case_lib.Case) -> _Found:
   if bad:
     told = f"{len(bad)} of {count} cannot be used, first: {bad[0]}"
     return [(FAILED, *told.rsplit("; ", 1))]
-  return [(OK, f"{count} decoded, {data.num_frames} frames of each")]
+  frames = f"{data.num_frames} frames" + " or fewer" * (not reader.rule.fills)
+  return [(OK, f"{count} decoded, {frames} of each")]
 
 
 def _mesh(case: case_lib.Case) -> _Found:
@@ -194,9 +197,7 @@ def _mesh(case: case_lib.Case) -> _Found:
   data, model = mesh.shape["data"], mesh.shape["model"]
   told = f"data {data} x model {model} of {jax.device_count()} devices"
   told += f" ({mesh.devices.flat[0].device_kind})"
-  if text.num_heads % model:
-    told += f"; {text.num_heads} heads do not divide among {model}"
-    return [(WARNING, told, "a divisor as config.mesh.model is faster")]
+  mesh_lib.check_heads(text.num_heads, mesh)
   if text.num_kv_heads % model:
     told += f"; each device holds all {text.num_kv_heads} kv heads' cache"
     return [(WARNING, told, "a divisor of them as config.mesh.model saves it")]

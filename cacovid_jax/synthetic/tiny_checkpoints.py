@@ -1,8 +1,8 @@
-"""Checkpoints of random weights: tiny and complete, or of released sizes.
+"""Checkpoints of random weights: tiny ones, or of released sizes.
 
 `write_tiny` is for the `:debug` forms of configs whose real weights do not
-travel with the code. `write_random` is for what can be measured of a released
-model's sizes without its weights.
+travel with the code. `write_complete` writes a directory of a released model's
+sizes that every command takes, `write_random` its weights alone.
 """
 
 import dataclasses
@@ -21,12 +21,14 @@ from cacovid_jax.models import (
   llava_onevision,
   processors,
   qwen2_5_vl,
+  qwen3_vl,
+  qwen3_vl_processor,
   safetensors_io,
   siglip,
 )
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
-FAMILIES = ("llava_onevision", "qwen2_5_vl")
+FAMILIES = ("llava_onevision", "qwen2_5_vl", "qwen3_vl")
 
 _VOCABULARY = 320
 _TEXTS = (
@@ -71,8 +73,15 @@ _TOKENIZER_TEMPLATE = (
 )
 
 _SHARD_BYTES = 4 * 10**9
-# Last linear maps of the branches of decoder, SigLIP and Qwen2.5-VL's tower.
-_INTO_RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2", "proj")
+# Last linear maps of the branches of decoders and towers.
+_INTO_RESIDUAL = (
+  "o_proj",
+  "down_proj",
+  "out_proj",
+  "fc2",
+  "proj",
+  "linear_fc2",
+)
 # Of the released models; in a smaller vocabulary, its last ids.
 _EOS_ID, _PAD_ID = 151645, 151643
 
@@ -83,46 +92,131 @@ def write_tiny(directory, family: str) -> None:
     raise errors.UserError(
       f"no tiny checkpoint of {family!r}; there are {', '.join(FAMILIES)}"
     )
+  base, processor = _tiny(family)
+  text = dataclasses.replace(
+    base.text, vocab_size=_VOCABULARY, max_positions=8192
+  )
+  base = dataclasses.replace(base, text=text)
+  config, ending = _write_files(directory, base, processor)
+  model = checkpoints.make_model(config)
+  params = jax.jit(model.init)(jax.random.key(0))
+  checkpoints.save(directory, config, params, **ending)
+
+
+def _tiny(family):
+  """Returns (config, processor), None of one whose files do not tell it."""
+  if family == "qwen2_5_vl":
+    processor = processors.Qwen2_5VLProcessor.tiny()
+    return qwen2_5_vl.Qwen2_5VLConfig.tiny(), processor
+  if family == "qwen3_vl":
+    processor = qwen3_vl_processor.Qwen3VLProcessor.tiny()
+    return qwen3_vl.Qwen3VLConfig.tiny(), processor
+  vision = dataclasses.replace(siglip.SiglipConfig.tiny(), image_size=28)
+  base = llava_onevision.LlavaOnevisionConfig.tiny()
+  return dataclasses.replace(base, vision=vision), None
+
+
+def write_complete(directory, config, seed=0) -> None:
+  """Writes `write_random` with a tokenizer and a processor's files.
+
+  A folder with files is refused. The tokenizer is that of `write_tiny`: it
+  knows bytes and a few merges, so that texts are several times as long as in
+  the released one. Ids of special tokens are its own, every size is kept.
+  """
+  family = config.to_hf()["model_type"]
+  config, ending = _write_files(directory, config, _RELEASED.get(family))
+  write_random(directory, config, seed, ending)
+
+
+def _write_files(directory, config, processor):
+  """Writes all but config and weights into an empty folder.
+
+  Returns (the config with the tokenizer's ids, how answers end).
+  """
   directory = os.fspath(directory)
   files.make_folder(directory)
   if os.listdir(directory):
     # They might be weights that took hours to download.
     raise errors.UserError(f"{directory} is not empty; name another folder")
   # Tells the tokenizer how prompts hold a clip.
+  family = config.to_hf()["model_type"]
   files.write_json(
     os.path.join(directory, "config.json"), {"model_type": family}
   )
-  make = {"qwen2_5_vl": _qwen2_5_vl, "llava_onevision": _llava_onevision}
-  model = make[family](directory)
+  if processor is None:
+    config = _llava_onevision(directory, config)
+  else:
+    config = _qwen(directory, config, _DESCRIBED[family](processor))
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
-  params = jax.jit(model.init)(jax.random.key(0))
-  ending = {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
-  checkpoints.save(directory, model.config, params, **ending)
+  return config, {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
 
 
-def _llava_onevision(directory):
-  """Writes all but config and weights; returns the model."""
-  base = llava_onevision.LlavaOnevisionConfig.tiny()
-  vision = dataclasses.replace(siglip.SiglipConfig.tiny(), image_size=28)
+def _llava_onevision(directory, config):
+  """Writes a family's files; returns the config with the tokenizer's ids."""
+  vision = config.vision
   sizes = {"image_size": vision.image_size, "patch_size": vision.patch_size}
   tokenizer = tokenizer_training.train(_TEXTS, _VOCABULARY, directory, **sizes)
   path = os.path.join(directory, "tokenizer_config.json")
   described = checkpoints.read_json(path)
   described["chat_template"] = _TOKENIZER_TEMPLATE
   files.write_json(path, described)
-  base = dataclasses.replace(base, vision=vision)
   marks = {"image_token_id": "<image>", "video_token_id": "<video>"}
-  config = _with_ids(base, tokenizer, **marks)
-  return llava_onevision.LlavaOnevisionModel(config)
+  return _with_ids(config, tokenizer, **marks)
 
 
-def _qwen2_5_vl(directory):
-  """Writes all but config and weights; returns the model."""
-  base = qwen2_5_vl.Qwen2_5VLConfig.tiny()
+def _patches(processor):
+  """Returns what the file of a processor of patches says in any case."""
+  return {
+    "patch_size": processor.patch_size,
+    "temporal_patch_size": processor.temporal_patch_size,
+    "merge_size": processor.merge_size,
+    "image_mean": list(processor.mean),
+    "image_std": list(processor.std),
+  }
+
+
+def _qwen2_5_vl(processor):
+  """Returns {name: content} of a processor's file."""
+  entry = _patches(processor) | {
+    "min_pixels": processor.min_pixels,
+    "max_pixels": processor.max_pixels,
+  }
+  return {"preprocessor_config.json": entry}
+
+
+def _qwen3_vl(processor):
+  """Returns {name: content} of a processor's file."""
+  entry = _patches(processor) | {
+    "size": {
+      "shortest_edge": processor.min_pixels,
+      "longest_edge": processor.max_pixels,
+    },
+    "cap_pixels_per_frame": processor.cap_pixels_per_frame,
+    "max_video_tokens": processor.max_video_tokens,
+  }
+  return {"video_preprocessor_config.json": entry}
+
+
+_DESCRIBED = {"qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
+# With the limits of the released models' own files.
+_RELEASED = {
+  "qwen2_5_vl": processors.Qwen2_5VLProcessor(
+    min_pixels=4 * 28 * 28, max_pixels=16384 * 28 * 28
+  ),
+  "qwen3_vl": qwen3_vl_processor.Qwen3VLProcessor(
+    min_pixels=4096, max_pixels=25_165_824
+  ),
+}
+
+
+def _qwen(directory, config, described):
+  """Writes a tokenizer, its template and {name: JSON}.
+
+  Returns the config with the tokenizer's ids.
+  """
   tokenizer = tokenizer_training.learn(_TEXTS, _VOCABULARY, _QWEN_TOKENS)
   tokenizer.save(os.path.join(directory, "tokenizer.json"))
-  processor, vision = processors.Qwen2_5VLProcessor.tiny(), base.vision
-  described = {
+  described = described | {
     "tokenizer_config.json": {
       "tokenizer_class": "PreTrainedTokenizerFast",
       "eos_token": "<|im_end|>",
@@ -131,38 +225,29 @@ def _qwen2_5_vl(directory):
       "chat_template": _QWEN_TEMPLATE,
     },
     "chat_template.json": {"chat_template": _QWEN_TEMPLATE},
-    "preprocessor_config.json": {
-      "patch_size": vision.patch_size,
-      "temporal_patch_size": vision.temporal_patch_size,
-      "merge_size": vision.merge_size,
-      "min_pixels": processor.min_pixels,
-      "max_pixels": processor.max_pixels,
-      "image_mean": list(processor.mean),
-      "image_std": list(processor.std),
-    },
   }
   for name, entry in described.items():
     files.write_json(os.path.join(directory, name), entry)
-  config = _with_ids(
-    base,
+  return _with_ids(
+    config,
     tokenizer,
     image_token_id="<|image_pad|>",
     video_token_id="<|video_pad|>",
     vision_start_token_id="<|vision_start|>",
     vision_end_token_id="<|vision_end|>",
   )
-  return qwen2_5_vl.Qwen2_5VLModel(config)
 
 
-def _with_ids(base, tokenizer, **tokens: str):
-  """Returns a config with the tokenizer's ids and room for long prompts."""
-  size = tokenizer.get_vocab_size(with_added_tokens=True)
-  text = dataclasses.replace(base.text, vocab_size=size, max_positions=8192)
+def _with_ids(config, tokenizer, **tokens: str):
+  """Returns a config with a tokenizer's ids; a small vocabulary is its own."""
+  text, size = config.text, tokenizer.get_vocab_size(with_added_tokens=True)
+  if text.vocab_size == _VOCABULARY:
+    text = dataclasses.replace(text, vocab_size=size)
   ids = {name: tokenizer.token_to_id(token) for name, token in tokens.items()}
-  return dataclasses.replace(base, text=text, **ids)
+  return dataclasses.replace(config, text=text, **ids)
 
 
-def write_random(directory, config, seed=0):
+def write_random(directory, config, seed=0, ending=None):
   """Writes a bfloat16 checkpoint of random weights, one tensor at a time.
 
   Values have any sign and sizes between 2^-7 and 2^-5, so that no layer fades
@@ -171,7 +256,8 @@ def write_random(directory, config, seed=0):
   embeddings and scales of norms lie between 1/2 and 1, video features come out
   as large, and projections back into a stream are 16 times smaller (with equal
   sizes, bfloat16 moves logits by as much as the best two of 152 000 are apart).
-  Earlier weights in the folder are replaced.
+  Earlier weights in the folder are replaced. `ending` is how answers end, as
+  in `checkpoints.write_config`; None is the released models' ids.
   """
   rng = np.random.default_rng(seed)
   dtype = np.dtype(ml_dtypes.bfloat16)
@@ -189,10 +275,9 @@ def write_random(directory, config, seed=0):
     tensors[name] = (dtype, array.shape, make_given)
   last = config.text.vocab_size - 1
   eos_id, pad_id = min(_EOS_ID, last), min(_PAD_ID, last - 1)
+  ending = ending or {"eos_ids": [eos_id, pad_id], "pad_id": pad_id}
   files.make_folder(directory)
-  checkpoints.write_config(
-    directory, config, eos_ids=[eos_id, pad_id], pad_id=pad_id, dtype=dtype
-  )
+  checkpoints.write_config(directory, config, **ending, dtype=dtype)
   safetensors_io.write_directory(directory, tensors, _SHARD_BYTES)
 
 
@@ -207,7 +292,8 @@ def _bits(name):
     return 0x007F, 0x3F00  # [1/2, 1).
   if last == "embed_tokens":
     return 0x807F, 0x3F00  # +-[1/2, 1).
-  if last == "linear_2" or module.endswith("merger.mlp.2"):
+  merged = "merger" in module and last in ("2", "linear_fc2")
+  if last == "linear_2" or merged:
     return 0x807F, 0x3E80  # +-[2^-2, 2^-1).
   if last in _INTO_RESIDUAL and not module.endswith("patch_embed.proj"):
     return 0x807F, 0x3A00  # +-[2^-11, 2^-10).

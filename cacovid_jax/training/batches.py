@@ -1,21 +1,17 @@
 """Batches of a training run: which questions, their clips, static shapes.
 
 Which question stands in slot i of step s is a pure function of the seed, so
-there is no iterator state to save. Clips are loaded ahead (Grain). One that
-cannot be used is logged and replaced by a question of its place alone.
+there is no iterator state to save. Clips are loaded ahead, see `data_order`, of
+several processes each by the one whose devices hold their slots.
 
 Letters: B videos of a step, T frames, N video tokens, D width, L prompt tokens,
 P position rows, A letters; N and T are those of a bucket.
 """
 
-import dataclasses
 import functools
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,115 +19,11 @@ from jax.experimental import multihost_utils
 
 from cacovid_jax import errors
 from cacovid_jax import progress as progress_lib
-from cacovid_jax.data import evidence, left_out, video
+from cacovid_jax.data import evidence, left_out
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.models import prompt_batch, token_grid
-from cacovid_jax.training import ratio, step
-
-MAX_SUBSTITUTES = 16
-# Share of bad clips among those tried that ends a run, once there are so many.
-MAX_FAILURE_RATE, MIN_FAILURES = 0.05, 20
-
-
-class Order:
-  """Which question stands at a position; each epoch is another permutation."""
-
-  def __init__(self, num_questions: int, seed: int):
-    if num_questions < 1:
-      raise errors.UserError("there are no questions; give at least one")
-    self._num, self._seed = num_questions, seed
-    order = grain.MapDataset.range(num_questions).seed(seed % 2**32)
-    self._order = order.shuffle().repeat()
-
-  def __getitem__(self, position: int) -> int:
-    return int(self._order[position])
-
-  def substitute(self, position: int, attempt: int) -> int:
-    """Returns the question that stands in for one that cannot be used."""
-    text = f"{self._seed} {position} {attempt}"
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % self._num
-
-
-@dataclasses.dataclass
-class _Slot:
-  """A question, its loaded clip, and what was tried before."""
-
-  question: question_lib.Question
-  clip: Any
-  failures: list
-
-
-def _load(rows, store, order: Order, position) -> _Slot:
-  """Loads the question at a position, or its first usable substitute."""
-  position = int(position)
-  index, failures = order[position], []
-  for attempt in range(MAX_SUBSTITUTES + 1):
-    question = rows[index]
-    try:
-      return _Slot(question, store.load(question.video), failures)
-    except video.VideoError as error:
-      failures.append((question, error))
-    index = order.substitute(position, attempt)
-  return _Slot(question, None, failures)
-
-
-def load_ahead(
-  rows: Sequence[question_lib.Question],
-  store,
-  *,
-  batch_size: int,
-  seed: int,
-  steps: tuple[int, int],
-  num_threads: int = 2,
-  num_workers: int = 0,
-  rejected: left_out.RejectedClips | None = None,
-) -> Iterator[tuple[list[question_lib.Question], list[Any]]]:
-  """Yields (questions, clips) of each step; clips are what `store.load` gives.
-
-  The store is a `inference.features.FeatureStore`, or has its `load`. Steps are
-  (first, number): a resumed run sees what it would have seen. Threads, or else
-  worker processes, load ahead; without any, clips are loaded when asked for.
-  """
-  rejected = left_out.RejectedClips() if rejected is None else rejected
-  start, end = steps
-  slots = grain.MapDataset.range(
-    start * batch_size, max(end, start) * batch_size
-  ).map(functools.partial(_load, rows, store, Order(len(rows), seed)))
-  slots = _prefetched(slots, num_threads, num_workers, min(4 * batch_size, 16))
-  tried = failed = 0
-  for _ in range(start, end):
-    batch = [next(slots) for _ in range(batch_size)]
-    for slot in batch:
-      tried += 1 + len(slot.failures)
-      failed += len(slot.failures)
-      for question, error in slot.failures:
-        rejected.add(question, error)
-      if slot.clip is None:
-        raise errors.UserError(
-          f"{MAX_SUBSTITUTES + 1} clips in a row cannot be used, last:"
-          f" {slot.failures[-1][1]}"
-        )
-    if failed >= MIN_FAILURES and failed > MAX_FAILURE_RATE * tried:
-      raise errors.UserError(
-        f"{failed} of {tried} clips cannot be used, more than"
-        f" {MAX_FAILURE_RATE:.0%}, last: {rejected.entries[-1]['video']}"
-        f" ({rejected.entries[-1]['reason']}); mend the data set (see the"
-        " quarantine ledger)"
-      )
-    yield [slot.question for slot in batch], [slot.clip for slot in batch]
-
-
-def _prefetched(dataset, num_threads: int, num_workers: int, buffer: int):
-  """Iterates in order, loading ahead by processes, threads, or not at all."""
-  if num_workers:
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-    workers = grain.MultiprocessingOptions(num_workers, max(1, buffer))
-    return iter(dataset.to_iter_dataset(options).mp_prefetch(workers))
-  if num_threads:
-    options = grain.ReadOptions(num_threads, max(buffer, num_threads))
-    return iter(dataset.to_iter_dataset(options))
-  return (dataset[i] for i in range(len(dataset)))
+from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.training import data_order, ratio, step
 
 
 def prompt_buckets(config, questions, checkpoint, ladders):
@@ -160,6 +52,9 @@ class Batches:
     """Looks at all prompts, and at no clip; ladders rise by their buckets."""
     self._config, checkpoint = experiment.config, experiment.loaded
     self._questions, self._store = questions, store
+    self._order = data_order.Order(len(questions), self._config.seed)
+    count = self._config.videos_per_step
+    self._own = mesh_lib.own_rows(experiment.mesh, count)
     self._ladders = {ladder.bucket: ladder for ladder in ladders}
     self._model, self._tokenizer = checkpoint.model, checkpoint.tokenizer
     self._rejected = rejected_path(experiment.workdir)
@@ -171,8 +66,9 @@ class Batches:
     self._shared_rows = shared_rows(checkpoint, questions, largest)
 
   def __call__(self, start: int) -> Iterator[tuple[step.Batch, list]]:
+    """Yields this process's rows of each batch, and all its questions."""
     config = self._config
-    for questions, loaded in load_ahead(
+    loading = data_order.load_ahead(
       self._questions,
       self._store,
       batch_size=config.videos_per_step,
@@ -180,19 +76,52 @@ class Batches:
       steps=(start, config.total_steps),
       num_threads=config.data.num_threads,
       num_workers=config.data.num_workers,
+      own=self._own,
       rejected=left_out.RejectedClips(self._rejected),
-    ):
-      yield self._batch(questions, self._store.finish(loaded)), questions
+    )
+    for number, (questions, loaded) in enumerate(loading, start):
+      batch, hashes = self._batch(questions, self._store.finish(loaded))
+      known = dict(zip(self._own, questions, strict=True))
+      first = number * config.videos_per_step
+      yield (
+        batch,
+        [
+          known.get(slot) or self._question(first + slot, found)
+          for slot, found in enumerate(hashes)
+        ],
+      )
+
+  def _question(self, position: int, wanted: int):
+    """Returns what another process has found at a position, by its hash."""
+    for index in self._order.candidates(position):
+      row = self._questions[index]
+      if question_lib.question_hash(row.id) == wanted:
+        return row
+    raise errors.UserError(
+      f"another process has a question at position {position} that is not here;"
+      " give all processes the same data"
+    )
 
   def shapes(self, batch: step.Batch) -> Iterator[step.Batch]:
     """Yields a batch like this of each bucket and length of prompts.
 
-    Of `ShapeDtypeStruct`s where their sizes differ.
+    Of `ShapeDtypeStruct`s where their sizes differ, as of `whole`.
     """
     for ladder in self._ladders.values():
       for text_rows in self.prompts.text_rows:
         length = ladder.bucket.tokens + text_rows
-        yield _resized(batch, ladder, length, self._shared_rows)
+        yield self.whole(_resized(batch, ladder, length, self._shared_rows))
+
+  def whole(self, batch: step.Batch) -> step.Batch:
+    """Returns the shapes of a batch of which these rows are a process's own."""
+    count = self._config.videos_per_step
+
+    def grown(leaf):
+      if len(leaf.shape) == 0 or leaf.shape[0] == count:
+        return leaf
+      return jax.ShapeDtypeStruct((count, *leaf.shape[1:]), leaf.dtype)
+
+    return jax.tree.map(grown, batch)
 
   def _batch(self, questions, clips) -> step.Batch:
     prompts = [
@@ -205,7 +134,9 @@ class Batches:
     lengths = [prompt.length for prompt in prompts]
     text = max(np.subtract(lengths, [len(clip.features) for clip in clips]))
     first = min(prompt.video_rows[0] for prompt in prompts)
-    ladder, length, shared = self._shape(grids, text, first)
+    hashes = [question_lib.question_hash(row.id) for row in questions]
+    hashes = np.array(hashes, np.uint32)
+    ladder, length, shared, everyone = self._shape(grids, text, first, hashes)
     bucket = ladder.bucket
     padded = self._tokenizer.pad(prompts, length, bucket.tokens)
     positions, following = prompt_batch.place(
@@ -217,8 +148,7 @@ class Batches:
     if clips[0].deep is not None:
       deep = np.stack([pad(clip.deep, axis=1) for clip in clips])
     answers = [self._tokenizer.answer_id(row) for row in questions]
-    hashes = [question_lib.question_hash(row.id) for row in questions]
-    return step.Batch(
+    made = step.Batch(
       prompts=prompt_batch.PromptBatch(
         x=None,
         positions=positions,
@@ -231,24 +161,33 @@ class Batches:
       ),
       answer_id=np.array(answers, np.int32),
       option_ids=options,
-      question_hash=np.array(hashes, np.uint32),
+      question_hash=hashes,
       decisive_frames=shown,
       grid=_stacked(map(ladder.place, grids)),
       rungs=_stacked(map(ladder.rungs, grids)),
       shared_rows=shared,
     )
+    return made, everyone
 
-  def _shape(self, grids, text_rows: int, first_row: int):
-    """Returns (ladder, L, shared rows) of a step, alike in every process."""
-    found = np.array([[*grids, (text_rows, first_row, 0)]], np.int32)
+  def _shape(self, grids, text_rows: int, first_row: int, hashes):
+    """Returns what every process knows of a step, from each one's own rows.
+
+    (Ladder, L, shared rows, hashes of all questions).
+    """
+    found = np.zeros((self._config.videos_per_step, 7), np.int32)
+    found[self._own, 0], found[self._own, 1:4] = 1, grids
+    found[self._own, 4:6] = text_rows, first_row
+    found[self._own, 6] = hashes.view(np.int32)
     if jax.process_count() > 1:
-      found = multihost_utils.process_allgather(found[0])
-    everywhere = [tuple(grid) for row in found for grid in row[:-1].tolist()]
-    bucket = together(everywhere, self._ladders)
-    text_rows = int(found[:, -1, 0].max())
-    length = bucket.tokens + self.prompts.pick(text_rows)
-    fits = self._shared_rows <= found[:, -1, 1].min()
-    return self._ladders[bucket], length, self._shared_rows if fits else 0
+      found = multihost_utils.process_allgather(found)
+      owner = found[..., 0].argmax(axis=0)
+      found = found[owner, np.arange(len(owner))]
+    bucket = together([tuple(row) for row in found[:, 1:4].tolist()],
+                      self._ladders)  # fmt: skip
+    length = bucket.tokens + self.prompts.pick(int(found[:, 4].max()))
+    shared = self._shared_rows if self._shared_rows <= found[:, 5].min() else 0
+    hashes = np.ascontiguousarray(found[:, 6]).view(np.uint32)
+    return self._ladders[bucket], length, shared, hashes.tolist()
 
   def _marks(self, questions, bucket):
     """Returns (letters i32[B,A], frames with evidence bool[B,T])."""
@@ -271,13 +210,23 @@ def shared_rows(checkpoint, questions, bucket) -> int:
   """
   if checkpoint.model.dtype == jnp.float32:
     return 0
-  encode, text = checkpoint.model.encode_prompt, questions[0].prompt
-  prompt = encode(checkpoint.tokenizer, text, (bucket.frames, 1, 1))
-  return int(prompt.video_rows[0])
+  model, text = checkpoint.model, questions[0].prompt
+  encode = functools.partial(model.encode_prompt, checkpoint.tokenizer, text)
+  count = bucket.frames
+  prompt = encode((count, 1, 1))
+  shared = int(prompt.video_rows[0])
+  if not model.processor.tells_time:
+    return shared
+  # Times begin with any digit.
+  for digit in range(10):
+    other = encode((count, 1, 1), (float(digit),) * count)
+    differs = other.ids[:shared] != prompt.ids[:shared]
+    shared = int(differs.argmax()) if differs.any() else shared
+  return shared
 
 
 def _resized(batch: step.Batch, ladder: ratio.Ladder, length, shared):
-  """Returns the shapes of a batch of another bucket and L."""
+  """Returns a batch's rows in another bucket and L."""
   bucket, videos = ladder.bucket, len(batch.answer_id)
 
   def sized(array, axis, size):

@@ -9,6 +9,9 @@ use, every byte is compared with the manifest.
   DIR/120/manifest.json   sizes, sha256, step, config hash, names and shapes
   DIR/120/state/          Orbax, one entry per leaf under its dotted name
   DIR/100.bad/            a step that did not verify, kept aside
+
+In the mirror of an object store (see `remote.mirror`) a step is written here,
+by the first process, then to the store, its manifest last.
 """
 
 import contextlib
@@ -29,6 +32,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from cacovid_jax import errors, files
+from cacovid_jax.remote import mirror as remote
 
 MANIFEST = "manifest.json"
 _STATE = "state"
@@ -67,11 +71,14 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
       _remove_leftovers(directory)
       partial.mkdir()
     _barrier(f"checkpoint_{step}_begin")
-    with _without_tracebacks(), ocp.StandardCheckpointer() as checkpointer:
-      # Orbax refuses arrays without elements: the manifest alone has them.
-      stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
-      checkpointer.save(partial / _STATE, stored)
-      checkpointer.wait_until_finished()  # Raises what went wrong.
+    # Orbax refuses arrays without elements: the manifest alone has them.
+    stored = {name: leaf for name, leaf in leaves.items() if leaf.size}
+    if remote.of(directory) is None or jax.process_count() == 1:
+      _write_arrays(partial / _STATE, stored)
+    elif is_first_process:
+      only = ocp.options.MultiprocessingOptions(active_processes={0})
+      stored = {name: _whole(final, name, x) for name, x in stored.items()}
+      _write_arrays(partial / _STATE, stored, multiprocessing_options=only)
     _barrier(f"checkpoint_{step}_written")
     if is_first_process:
       manifest = {
@@ -90,6 +97,21 @@ def save(directory, step, tree, metadata=None, *, config_hash="", keep=None):
       raise
     raise files.unwritable(f"checkpoint {final}", refused) from error
   return final
+
+
+def _write_arrays(path, stored, **options):
+  """Writes named arrays; all processes call it, or those of the options."""
+  with _without_tracebacks(), ocp.StandardCheckpointer(**options) as writer:
+    writer.save(path, stored)
+    writer.wait_until_finished()  # Raises what went wrong.
+
+
+def _whole(path, name, leaf) -> np.ndarray:
+  """Returns an array that each of several processes has."""
+  told = f"{path}: {name} is spread over several processes, and a workdir on a"
+  told += " store is written by the first; use a folder that all of them see"
+  errors.check(leaf.is_fully_replicated, told)
+  return np.asarray(leaf)
 
 
 @contextlib.contextmanager
@@ -130,11 +152,14 @@ def _publish(partial, final, manifest, keep):
   os.rename(partial, final)
   directory = final.parent
   files.sync(directory)
+  remote.publish_folder(final, MANIFEST)
   if keep is not None:
     for old in steps(directory)[:-keep]:
       # Renamed first: a kill while deleting must not leave half a step.
       shutil.rmtree(_rename(directory / str(old), f"{old}.deleted"))
+      remote.remove_folder(directory / str(old), MANIFEST)
   _remove_leftovers(directory)
+  remote.remove_leftovers(directory, MANIFEST)
 
 
 def restore_latest(directory, like, *, config_hash=None):
@@ -154,6 +179,8 @@ def restore_latest(directory, like, *, config_hash=None):
         newest = step
         break
       aside = _rename(directory / str(step), f"{step}.bad")
+      remote.remove_folder(directory / str(step), MANIFEST)
+      remote.publish_folder(aside, MANIFEST)
       _log.warning(
         f"checkpoint step {step} does not verify ({verdict.reason}): kept aside"
         f" as {aside}, going back to an earlier step"
@@ -161,7 +188,9 @@ def restore_latest(directory, like, *, config_hash=None):
   newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
   if newest < 0:
     return None
-  path, manifest = directory / str(newest), read_manifest(directory, newest)
+  path = directory / str(newest)
+  remote.fetch_folder(path)
+  manifest = read_manifest(directory, newest)
   if config_hash is not None and manifest["config_hash"] != config_hash:
     raise errors.UserError(
       f"checkpoint {path} belongs to another config "
@@ -210,6 +239,7 @@ def read_manifest(directory, step):
 def verify(path):
   """Returns the `Verdict` on one step directory; reads every byte of it."""
   path = pathlib.Path(path)
+  remote.fetch_folder(path)
   step, manifest = int(path.name.partition(".")[0]), None
   sizes = _file_sizes(path)
   try:

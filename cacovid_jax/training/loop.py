@@ -71,7 +71,11 @@ def train(
   """
   workdir, process = experiment.workdir, jax.process_index()
   role = workdir / (f"train-{process}" if process else "train")
-  with files.claim(role, "trainer", what=workdir):
+  less = "lower config.sampling.num_combinations, or set config.mesh.model=2"
+  with (
+    files.claim(role, "trainer", what=workdir),
+    errors.during("training", less),
+  ):
     return _train(experiment, questions, store, validate, on_step)
 
 
@@ -129,7 +133,8 @@ def _compiled_for(run: run_lib.Run, state, batches, steps: int):
   first = list(itertools.islice(batches, 1))
   for batch, _ in first:
     shapes = list(run.batches.shapes(batch))
-    shapes = shapes if steps >= len(shapes) else [batch]
+    if steps < len(shapes):
+      shapes = [run.batches.whole(batch)]
     run.programs.compile_ahead(state, run.constants, shapes)
   return itertools.chain(first, batches)
 

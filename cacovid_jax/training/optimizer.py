@@ -64,6 +64,13 @@ def labels(params):
   return _map_named(label, params)
 
 
+def trained(params):
+  """Returns the parameters with None for those that are frozen."""
+  return _map_named(
+    lambda name, leaf: None if _FROZEN.search(name) else leaf, params
+  )
+
+
 def decay_mask(params):
   """Returns True for parameters that weight decay pulls to zero.
 

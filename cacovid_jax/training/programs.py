@@ -4,7 +4,8 @@ Letters: G combinations, I iterations, B videos of a step, M new tokens.
 
 Three schedules, chosen once from the config:
   fixed ratio, device rewards: `fixed_ratio_step`, all iterations inside;
-  adaptive ratio, device rewards: `prepare_videos`, and one program per rung;
+  adaptive ratio, or one drawn for each video, device rewards:
+    `prepare_videos`, and one program per rung;
   host rewards: `prepare_videos`, one rollout program per rung, and `update`.
 So at most 2 + rungs programs for each `Shape`.
 They are compiled ahead of time and called as executables, which cannot retrace;
@@ -91,7 +92,9 @@ class TrainingPrograms:
       return call("fixed_ratio_step", state, constants, batch)
     videos, memory = call("prepare_videos", state, constants, batch)
     outs = []
-    max_rung = int(gather(batch.rungs.start).max())
+    drawn = config.ladder.drawn
+    first = memory.rung if drawn else batch.rungs.start
+    max_rung = int(gather(first).max())
     for _ in range(config.iterations):
       if self.host_rewards:
         ids, masks, memory = call(
@@ -107,7 +110,7 @@ class TrainingPrograms:
           f"iterate_{max_rung}", state, constants, videos, memory
         )
       outs.append((ids, rewards, metrics))
-      if len(config.ladder) > 1:
+      if len(config.ladder) > 1 and not drawn:
         # The one scalar per video that leaves the device.
         max_rung = int(gather(metrics.per_video["next_rung"]).max())
     return state, *_join(outs)
@@ -242,8 +245,8 @@ def _like(array, sharding) -> jax.ShapeDtypeStruct:
 
 
 def place_batch(batch: step_lib.Batch, mesh: Mesh) -> step_lib.Batch:
-  """Puts a batch of host arrays on the mesh, split over `data`."""
-  return mesh_lib.put(batch, mesh, EACH)
+  """Puts a process's rows of a batch on the mesh, split over `data`."""
+  return mesh_lib.put_own(batch, mesh)
 
 
 def gather(array) -> np.ndarray:
@@ -252,7 +255,8 @@ def gather(array) -> np.ndarray:
     return array
   if array.is_fully_addressable:
     return jax.device_get(array)
-  return multihost_utils.process_allgather(array, tiled=True)
+  with jax.transfer_guard("allow"):  # It is stated here.
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _join(outs):

@@ -1,4 +1,4 @@
-"""The adaptive retention ratio on a fixed ladder of rungs (METHOD.md 4).
+"""The retention ratio of each video, on a fixed ladder of rungs (METHOD.md 4).
 
 Letters: T frames, H W token grid, K tokens a combination keeps, R rungs.
 
@@ -8,6 +8,12 @@ nearest to half or twice the ratio (on a log scale) and always at least one
 rung on. On the default ladder that is the paper's schedule, except that 0.12
 steps down to 0.08 where the paper goes to 0.06. A small grid raises or drops
 rungs: each video has the ladder of its own grid, as data.
+
+Beyond the paper, for one policy of all budgets: each video's rung is drawn from
+a range, once for all of its iterations. Its memory then holds combinations of
+one ratio: old and new scores are of that ratio, as a policy that reads the
+ratio needs, and rewards are standardised among answers from as many tokens; of
+several ratios, advantages would mostly tell large budgets from small ones.
 """
 
 import dataclasses
@@ -35,13 +41,18 @@ class RatioConfig:
   start: float = 0.02
   low: float = 0.125
   high: float = 0.875
+  # (low, high): each video is trained at one of the rungs in it, drawn evenly;
+  # empty draws none.
+  range: tuple[float, ...] = ()
 
 
 class Rungs(struct.PyTreeNode):
   """ONE video's ladder at the R places of a `Ladder`, as data."""
 
   ratios: Any  # f32[R]; a place without a rung of this video's repeats another.
-  down: Any  # i32[R], place reached from each place.
+  # i32[R], place reached from each place; where rungs are drawn, the video's
+  # own rung that a drawn place stands for.
+  down: Any
   up: Any  # i32[R], upwards.
   start: Any  # i32[].
   # With a leading axis R; None where the ladder has the plans of all videos.
@@ -72,6 +83,11 @@ class Ladder:
 
   def __len__(self):
     return len(self.ratios)
+
+  @property
+  def drawn(self) -> bool:
+    """Whether a video's rung is drawn, and never left."""
+    return bool(self.config.range)
 
   @property
   def num_combinations(self) -> int:
@@ -106,7 +122,7 @@ class Ladder:
     In a bucket, a smaller grid may have raised its start.
     """
     rungs = self.rungs(self.largest)
-    found = {int(rungs.start)}
+    found = set(map(int, rungs.up)) if self.drawn else {int(rungs.start)}
     for _ in range(moves):
       found |= {
         int(to[place]) for to in (rungs.down, rungs.up) for place in found
@@ -123,8 +139,10 @@ def _rungs(ladder: Ladder, grid) -> Rungs:
   nearest = np.minimum(nearest, len(ratios) - 1)
 
   def moves(factor):
-    moved = [places[_moved(ratios, rung, factor)] for rung in nearest]
-    return np.array(moved, np.int32)
+    moved = nearest
+    if not ladder.drawn:
+      moved = [_moved(ratios, rung, factor) for rung in nearest]
+    return np.array([places[rung] for rung in moved], np.int32)
 
   # The start may itself be a rung that the grid raised or dropped.
   away = [abs(math.log(ratio / ladder.config.start)) for ratio in ratios]
@@ -149,7 +167,7 @@ def make_ladder(grid, sampler, config: RatioConfig, *, fixed=None) -> Ladder:
   allow is an error, while adaptive rungs are raised to what it allows.
   """
   if fixed is None:
-    _check(config)
+    config = _checked(config)
   else:
     only = float(fixed)
     config = RatioConfig(adaptive=False, rungs=(only,), start=only)
@@ -166,6 +184,15 @@ def make_ladder(grid, sampler, config: RatioConfig, *, fixed=None) -> Ladder:
   return Ladder(grid, ratios, num_keep, plans, shape, config, sampler)
 
 
+def first_rung(ladder: Ladder, rungs: Rungs, rng):
+  """Returns a video's first rung i32[], drawn by its key if rungs are drawn."""
+  if not ladder.drawn:
+    return rungs.start
+  # No iteration has this number: the draws of combinations have other keys.
+  rng = jax.random.fold_in(rng, np.uint32(2**32 - 1))
+  return jnp.asarray(rungs.up)[jax.random.randint(rng, (), 0, len(ladder))]
+
+
 def next_rung(ladder: Ladder, rungs: Rungs, rung, mean_reward):
   """Returns a video's next rung i32[]; rewards are of token mode so far."""
   down, up = jnp.asarray(rungs.down)[rung], jnp.asarray(rungs.up)[rung]
@@ -175,7 +202,7 @@ def next_rung(ladder: Ladder, rungs: Rungs, rung, mean_reward):
 
 def _own_ratios(grid, config: RatioConfig) -> tuple[float, ...]:
   """Returns the ratios of one grid's rungs."""
-  if not config.adaptive:
+  if not config.adaptive and not config.range:
     return config.rungs
   return sampling.allowed_ratios(grid, config.rungs)
 
@@ -190,14 +217,37 @@ def _moved(ratios: Sequence[float], rung: int, factor: float) -> int:
   )
 
 
-def _check(config: RatioConfig) -> None:
+def _checked(config: RatioConfig) -> RatioConfig:
+  """Returns the config, with those rungs alone that a range holds."""
   config_limits.check({"ratio": dataclasses.asdict(config)})
   rungs, low, high = tuple(config.rungs), config.low, config.high
   if not rungs or tuple(sorted(set(rungs))) != rungs:
     raise errors.UserError(f"ratio.rungs={rungs} must rise, none twice")
+  if config.range:
+    return _in_range(config)
   if config.start not in rungs:
     raise errors.UserError(
       f"ratio.start={config.start} is no rung; choose one of {rungs}"
     )
   if low >= high:
     raise errors.UserError(f"ratio.low={low} must be below ratio.high={high}")
+  return config
+
+
+def _in_range(config: RatioConfig) -> RatioConfig:
+  """Returns the config of rungs that are drawn; UserError if it has none."""
+  told = f"config.ratio.range={config.range}"
+  if config.adaptive:
+    raise errors.UserError(
+      f"{told} draws a video's ratio and ratio.adaptive=True moves it; set"
+      " config.ratio.adaptive=False, or leave the range empty"
+    )
+  if len(config.range) != 2 or config.range[0] > config.range[1]:
+    raise errors.UserError(f"{told}: give (low, high), low at most high")
+  low, high = config.range
+  inside = tuple(ratio for ratio in config.rungs if low <= ratio <= high)
+  if not inside:
+    raise errors.UserError(
+      f"{told} holds none of ratio.rungs={config.rungs}; give rungs in it"
+    )
+  return dataclasses.replace(config, rungs=inside)

@@ -17,7 +17,7 @@ from cacovid_jax.data import left_out
 from cacovid_jax.inference import features
 from cacovid_jax.models import hub, processors, token_grid
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.policy import loading
+from cacovid_jax.policy import loading, network
 from cacovid_jax.training import (
   batches,
   optimizer,
@@ -126,27 +126,45 @@ def make_processor(config, model) -> processors.Processor:
   """Returns the processor of the checkpoint, with the config's pixel limits."""
   data, path = config.data, hub.find(config.model.path) or ""
   found = model.read_processor(path) if os.path.isdir(path) else model.processor
-  if found.one_grid and (data.buckets or data.min_pixels or data.max_pixels):
+  if found.one_grid and (data.min_pixels or data.max_pixels):
     raise errors.UserError(
-      "config.data.buckets, min_pixels and max_pixels are for models whose"
-      " grids differ (Qwen2.5-VL); leave them empty for this one"
+      "config.data.min_pixels and max_pixels are for models whose grids differ"
+      " (Qwen2.5-VL); leave them empty for this one"
     )
-  if data.decisive_file and not found.one_grid:
+  one_grid = found.grid_of(frame_rule(config)) is not None
+  if one_grid and data.buckets:
+    raise errors.UserError(
+      "config.data.buckets is for videos whose grids differ (Qwen2.5-VL, or"
+      f" data.frame_rule={frames_lib.PUBLIC_RULE}); leave it empty"
+    )
+  if data.decisive_file and not one_grid:
     raise errors.UserError(
       "config.data.decisive_file names tokens of one grid, but the videos of"
-      " this model differ; leave it empty"
+      " this model or data.frame_rule differ; leave it empty"
     )
   return found.with_bounds(data.min_pixels, data.max_pixels)
 
 
+def frame_rule(config) -> frames_lib.FrameRule:
+  """Returns which frames of a clip are trained on."""
+  return frames_lib.FrameRule(config.data.num_frames, config.data.frame_rule)
+
+
 def make_step_configs(config, checkpoint, policy, parts, processor):
   """Returns StepConfigs, one per bucket, rising, or that of the one grid."""
-  fixed = None if config.ratio.adaptive else config.sampling.ratio
-  bounds, data = ratio.RatioConfig(**config.ratio), config.data
-  if processor.one_grid:
-    grids = [processor.fixed_grid(data.num_frames)]
+  bounds, rule = ratio.RatioConfig(**config.ratio), frame_rule(config)
+  moves = bounds.adaptive or bounds.range
+  fixed = None if moves else config.sampling.ratio
+  if bounds.adaptive and network.reads_ratio(policy):
+    raise errors.UserError(
+      "the policy reads the ratio, and config.ratio.adaptive=True moves it"
+      " between the iterations of a video, whose old scores are of one; set"
+      " config.ratio.adaptive=False, and config.ratio.range=(low, high)"
+    )
+  if grid := processor.grid_of(rule):
+    grids = [grid]
   else:
-    grids = token_grid.make_buckets(data.buckets, processor, data.num_frames)
+    grids = token_grid.make_buckets(config.data.buckets, processor, rule)
   iterations = config.iterations
   rates = optimizer.OptimizerConfig(**config.optimizer)
   tx = optimizer.make(rates, config.total_steps * iterations, iterations)
@@ -189,7 +207,11 @@ def open_store(experiment, processor, keep=None) -> features.FeatureStore:
   refused = left_out.RejectedClips(listed).refused
   hashed = bool(data.feature_cache)
   process = jax.process_index()
-  here = [x for x in mesh.devices[:, 0] if x.process_index == process]
+  # A device of each place of `data` that is here.
+  here = [
+    next(x for x in mesh.devices[place] if x.process_index == process)
+    for place in mesh_lib.own_places(mesh)
+  ]
   params = experiment.loaded.params
   if jax.process_count() > 1:
     # Which clips are encoded depends on what this process has on disk.
@@ -198,10 +220,10 @@ def open_store(experiment, processor, keep=None) -> features.FeatureStore:
   return features.open_store(
     experiment,
     processor,
-    frames_lib.FrameRule(data.num_frames, data.frame_rule),
+    frame_rule(experiment.config),
     params=params,
     keep=data.memory_items if keep is None else keep,
     reading={"min_side": data.min_side, "refused": refused, "hashed": hashed},
     mesh=mesh_lib.make_mesh(len(here), devices=here) if here[1:] else None,
-    only_buckets=not processor.one_grid,
+    only_buckets=True,
   )

@@ -21,8 +21,8 @@ from flax import struct
 
 from cacovid_jax.inference import programs
 from cacovid_jax.models import prompt_batch, token_grid
-from cacovid_jax.policy import sampling
-from cacovid_jax.training import ratio, repeats, replay
+from cacovid_jax.policy import network, sampling
+from cacovid_jax.training import optimizer, ratio, repeats, replay
 from cacovid_jax.training import rollout as rollout_lib
 
 AXIS = "data"
@@ -130,16 +130,14 @@ class StepConfig:
     return self.ladder.sampler.modes
 
 
-def policy_scores(config: StepConfig, params, videos: Batch):
-  """Returns Scores of B whole prompts under the policy."""
+def policy_scores(config: StepConfig, params, videos: Batch, rung):
+  """Returns Scores of B whole prompts at the ratios of rungs i32[B]."""
 
-  def one(prompt, grid):
-    given = prompt.x, prompt.positions, prompt.video_rows
-    # What a policy of one's own reads where all videos have this one.
-    grid = grid.shape if grid.full else grid
-    return config.policy.apply({"params": params}, *given, grid, prompt.lengths)
+  def one(prompt, grid, rungs, rung):
+    ratio = rungs.ratios[rung]
+    return network.score(config.policy, params, prompt, grid, ratio)
 
-  return jax.vmap(one)(videos.prompts, videos.grid)
+  return jax.vmap(one)(videos.prompts, videos.grid, videos.rungs, rung)
 
 
 def prepare_videos(config: StepConfig, state, constants, batch: Batch):
@@ -156,11 +154,13 @@ def prepare_videos(config: StepConfig, state, constants, batch: Batch):
     given = constants.params, videos.prompts, batch.shared_rows
     read = programs.read_text(config.model, *given)
     videos = videos.replace(shared=_swap(read))
-  scores = policy_scores(config, state.params, videos)
+  first = functools.partial(ratio.first_rung, config.ladder)
+  start = jax.vmap(first)(videos.rungs, videos.rng)
+  scores = policy_scores(config, state.params, videos, start)
   empty = functools.partial(
     replay.empty, modes=config.modes, iterations=config.iterations
   )
-  memory = jax.vmap(empty)(scores, rung=videos.rungs.start)
+  memory = jax.vmap(empty)(scores, rung=start)
   answered = repeats.nothing(config, len(x), len(constants.letters))
   return videos, memory.replace(answered=answered)
 
@@ -234,11 +234,12 @@ def rollout(
 def gradients(config: StepConfig, params, videos: Batch, memory):
   """Returns (gradient, (losses f32[B] of this device's videos, metrics)).
 
-  Gradient and metrics are averages over the videos of all devices.
+  Gradient and metrics are averages over the videos of all devices. What is
+  frozen has none: zeros, which no device sends.
   """
 
   def mean_loss(params):
-    scores = policy_scores(config, params, videos)
+    scores = policy_scores(config, params, videos, memory.rung)
     loss, metrics = jax.vmap(config.objective)(
       scores, memory.old_scores, memory.rows, videos.grid
     )
@@ -246,7 +247,14 @@ def gradients(config: StepConfig, params, videos: Batch, memory):
 
   grads, (loss, metrics) = jax.grad(mean_loss, has_aux=True)(params)
   means = jax.tree.map(jnp.mean, metrics)
-  grads, metrics = jax.lax.pmean((grads, means), AXIS)
+  trained = optimizer.trained(grads)
+  trained, metrics = jax.lax.pmean((trained, means), AXIS)
+  grads = jax.tree.map(
+    lambda own, leaf: jnp.zeros_like(leaf) if own is None else own,
+    trained,
+    grads,
+    is_leaf=lambda own: own is None,
+  )
   return grads, (loss, metrics)
 
 

@@ -10,11 +10,12 @@
 # in place of name and zone, which finds its number and the other hosts in
 # TPU_WORKER_ID and TPU_WORKER_HOSTNAMES or, where they are not set, asks the
 # machine's metadata. A slice that was preempted is made anew by its owner; the
-# same command then continues the run. PYTHON names the interpreter there.
+# same command then continues the run. PYTHON names the interpreter there; PORT
+# (default 8476) is where they meet.
 set -euo pipefail
 
 usage="usage: tpu_pod.sh NAME ZONE --config=FILE --workdir=FOLDER [flags]"
-port=8476
+port=${PORT:-8476}
 
 metadata() {
   curl --silent --fail --max-time 10 --header "Metadata-Flavor: Google" \
@@ -49,5 +50,5 @@ shift 2
 printf -v flags " %q" "$@"
 printf -v folder "%q" "${FOLDER:-cacovid_jax}"
 exec gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker=all \
-  --command="cd $folder && PYTHON=${PYTHON:-python3} \
+  --command="cd $folder && PYTHON=${PYTHON:-python3} PORT=$port \
 experiments/launch/tpu_pod.sh worker$flags"

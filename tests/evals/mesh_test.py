@@ -14,6 +14,7 @@ from cacovid_jax.models import checkpoints
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.preparation import blind_filter as blind
 from tests.evals import tiny
+from tests.parallel import kernels
 from tests.preparation import blind_test
 
 # A policy, draws, a rule per clip, what the language model looks at, and two
@@ -60,10 +61,15 @@ def alone(asked, tmp_path_factory):
   return asked(tmp_path_factory.mktemp("alone"))[1]
 
 
-@pytest.mark.parametrize("axis", ["data", "model"])
-def test_two_devices_give_the_answers_of_one(axis, asked, alone, tmp_path):
-  experiment, found = asked(tmp_path, **{f"mesh.{axis}": 2})
-  assert experiment.mesh.shape[axis] == experiment.mesh.size == 2
+@pytest.mark.parametrize(("data", "model"), [(4, 1), (1, 4), (2, 2)])
+def test_four_devices_give_the_answers_of_one(
+  data, model, asked, alone, tmp_path, monkeypatch
+):
+  heads = kernels.stand_in(monkeypatch)
+  mesh = {"mesh.data": data, "mesh.model": model}
+  experiment, found = asked(tmp_path, **mesh)
+  assert dict(experiment.mesh.shape) == {"data": data, "model": model}
+  assert min(heads)[0] <= 4 // model
   assert {method for method, _ in found} == {"vanilla", *METHODS}
   assert len(set(alone.values())) > len(METHODS)
   assert found == alone
@@ -86,6 +92,7 @@ def test_zero_takes_the_devices_that_divide_a_batch(tmp_path):
   [
     ({"mesh.data": 3}, "evals.batch_size=4 does not divide among the 3 dev"),
     ({"mesh.data": 16}, "needs 16 devices and there are 8; lower"),
+    ({"mesh.model": 3}, "model=3 does not divide the base model's 4 attention"),
     ({"mesh.model": 9}, "needs 9 devices and there are 8; lower"),
   ],
 )

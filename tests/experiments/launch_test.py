@@ -1,5 +1,6 @@
 """Launch scripts: the commands that they compose, and two real processes."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ import tests
 from cacovid_jax import metrics
 from cacovid_jax.policy import loading
 from cacovid_jax.synthetic import tiny_checkpoints
+from cacovid_jax.training import checkpointing
 from tests.training import tiny_qwen
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -340,7 +343,7 @@ def test_tpu_pod_runs_itself_on_all_hosts(machine):
     "--worker=all",
   ]
   assert command == (
-    "--command=cd cacovid_jax && PYTHON=python3"
+    "--command=cd cacovid_jax && PYTHON=python3 PORT=8476"
     " experiments/launch/tpu_pod.sh worker --config=c.py:devices=8"
     " --workdir=a\\ folder"
   )
@@ -379,48 +382,132 @@ def test_a_tpu_worker_finds_its_number_and_the_others(machine, known):
   assert calls == [("python3", *TRAIN)]
 
 
-def test_two_processes_train_what_one_process_trains(tmp_path):
-  """On a CPU: two processes of a device each, and one of two devices."""
+# Starts a task of each node at once, and ends as the worst of them.
+_SRUN_ALL = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do shift; done
+tasks=() worst=0
+for ((i = 0; i < SLURM_JOB_NUM_NODES; i++)); do
+  SLURM_PROCID=$i SLURM_NTASKS=$SLURM_JOB_NUM_NODES "$@" & tasks+=($!)
+done
+for task in "${tasks[@]}"; do
+  wait "$task"; code=$?; ((code > worst)) && worst=$code
+done
+exit $worst
+"""
+# A reward that harms process 1: a SIGTERM behind step 1, which lasts until it
+# has come through, or a SIGKILL within the next step.
+_REWARD = """
+import itertools, os, signal
+import jax
+from jax.experimental import multihost_utils
+
+HARM = os.environ.get("HARM")
+ask = multihost_utils.reached_preemption_sync_point
+
+def ask_until_told(step):
+  if jax.process_index() == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+  return next(filter(None, map(ask, itertools.count(step))))
+
+if HARM == "SIGTERM":
+  multihost_utils.reached_preemption_sync_point = ask_until_told
+
+def length(question, texts):
+  if HARM == "SIGKILL" and jax.process_index() == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+  return [len(text) / (1 + len(question.question)) for text in texts]
+
+length.on_host = True
+"""
+
+
+def _free_port():
+  """Returns a port that `slurm.sbatch` can give, and nobody has."""
+  for port in range(20_000 + os.getpid() % 9_000, 40_000):
+    with socket.socket() as free, contextlib.suppress(OSError):
+      free.bind(("localhost", port))
+      return port
+  raise AssertionError("no port is free")
+
+
+def _script(script, *arguments, env):
+  """Runs a launch script with real processes; returns (code, its stderr)."""
+  done = subprocess.run(
+    ["bash", str(LAUNCH / script), *arguments],
+    env=env, stderr=subprocess.PIPE, text=True, timeout=1500, check=False,
+  )  # fmt: skip
+  return done.returncode, done.stderr
+
+
+def _state(workdir):
+  """Returns {path: bytes} of the exported policy and the last checkpoint."""
+  manifest = checkpointing.read_manifest(workdir / "checkpoints", 2)
+  like = {
+    name: np.zeros(leaf["shape"], leaf["dtype"])
+    for name, leaf in manifest["leaves"].items()
+  }
+  like = jax.tree.map(jax.device_put, like)
+  step, state = checkpointing.restore_latest(workdir / "checkpoints", like)
+  assert step == 2
+  policy = (workdir / "policy" / "policy.safetensors").read_bytes()
+  return jax.tree.map(np.asarray, state) | {
+    "policy": np.frombuffer(policy, "u1")
+  }
+
+
+def test_processes_train_what_one_trains_whatever_harms_them(machine, tmp_path):
+  """On a CPU: two processes of a device each, and one of two devices.
+
+  By each script; stand-ins are the scheduler's commands alone.
+  """
   tiny_qwen.write_clips(tmp_path)
   tiny_checkpoints.write_tiny(tmp_path / "model", "llava_onevision")
-  config = str(ROOT / "configs" / "llava_onevision.py") + ":debug"
+  (tmp_path / "reward.py").write_text(_REWARD)
+  bin_folder = pathlib.Path(machine.env["PATH"].split(":")[0])
+  (bin_folder / "srun").write_text(_SRUN_ALL)
+  scontrol = (bin_folder / "scontrol").read_text()
+  names = "node7 node8 node9", "localhost localhost"
+  (bin_folder / "scontrol").write_text(scontrol.replace(*names))
   flags = [
-    f"--config={config}",
+    f"--config={ROOT / 'configs' / 'llava_onevision.py'}:debug",
     f"--config.model.path={tmp_path / 'model'}",
     f"--config.data.root={tmp_path}",
     "--config.videos_per_step=2",
     "--config.iterations=1",
+    "--config.ckpt.every_steps=1",
     "--config.ratio.adaptive=false",
     "--config.sampling.ratio=0.125",
-    "--config.rollout.reward=margin",
+    f"--config.rollout.reward={tmp_path / 'reward.py'}:length",
     "--config.optimizer.lr_heads=1e-3",
     # Compiles sooner.
     "--config.policy.module=tests.policy.bilinear_policy:Bilinear",
   ]
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  policies, curves = {}, {}
+  port = _free_port()
+  base = os.environ | {
+    "PYTHON": sys.executable,
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "PORT": str(port),
+    "GRACE": "5",
+    "PATH": f"{bin_folder}:{os.environ['PATH']}",
+    "CALLS": str(machine.calls),
+    "SLURM_JOB_ID": str(port - 20_000),
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_JOB_NODELIST": "all",
+    "TPU_WORKER_HOSTNAMES": "localhost,localhost",
+  }
   for number in (2, 1):
-    workdir = tmp_path / f"processes{number}"
-    env = os.environ | {
-      "PYTHON": sys.executable,
-      "PYTHONPATH": str(ROOT),
-      "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": tests.xla_flags(3 - number),
-      "PROCESSES": str(number),
-      "PORT": str(port),
-      "GRACE": "5",
-    }
-    subprocess.run(
-      ["bash", str(LAUNCH / "gpu_box.sh"), *flags, f"--workdir={workdir}"],
-      env=env,
-      check=True,
-      timeout=500,
-    )
-    assert (workdir / "checkpoints" / "2").is_dir()
-    policies[number] = loading.read(workdir / "policy/policy.safetensors")
-    curves[number] = metrics.read(workdir)
+    env = base | {
+      "XLA_FLAGS": tests.xla_flags(3 - number), "PROCESSES": str(number)
+    }  # fmt: skip
+    workdir = f"--workdir={tmp_path / f'processes{number}'}"
+    code, told = _script("gpu_box.sh", *flags, workdir, env=env)
+    assert code == 0, told
+  curves = {n: metrics.read(tmp_path / f"processes{n}") for n in (1, 2)}
+  policies = {
+    n: loading.read(tmp_path / f"processes{n}" / "policy/policy.safetensors")
+    for n in (1, 2)
+  }
   assert policies[1].keys() == policies[2].keys()
   for name, one in policies[1].items():
     np.testing.assert_allclose(policies[2][name], one, rtol=1e-5, atol=1e-7)
@@ -430,3 +517,27 @@ def test_two_processes_train_what_one_process_trains(tmp_path):
     expected = [line[name] for line in curves[1]]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
   assert min(line["gradient_norm"] for line in curves[1]) > 0
+
+  env, harmed = base | {"XLA_FLAGS": tests.xla_flags()}, tmp_path / "harmed"
+  flags.append(f"--workdir={harmed}")
+  code, told = _script("slurm.sbatch", *flags, env=env | {"HARM": "SIGTERM"})
+  assert code == 143, told
+  requeued = f"scontrol|requeue|{port - 20_000}"
+  assert requeued in machine.calls.read_text().splitlines()
+  assert checkpointing.steps(harmed / "checkpoints") == [1]
+  code, told = _script("slurm.sbatch", *flags, env=env | {"HARM": "SIGKILL"})
+  assert code == 128 + signal.SIGKILL
+  errors = [line for line in told.splitlines() if line.startswith("error:")]
+  assert len(errors) == 1 and "process 1 of 2 is lost" in errors[0], told
+  assert checkpointing.steps(harmed / "checkpoints") == [1]
+  two = [
+    subprocess.Popen(
+      ["bash", str(LAUNCH / "tpu_pod.sh"), "worker", *flags],
+      env=env | {"TPU_WORKER_ID": str(number)},
+    )
+    for number in range(2)
+  ]
+  assert [process.wait(1500) for process in two] == [0, 0]
+  found, expected = _state(harmed), _state(tmp_path / "processes2")
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  assert [line["step"] for line in metrics.read(harmed)] == [1, 2]

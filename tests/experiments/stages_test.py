@@ -100,6 +100,23 @@ def test_limits_are_work_over_speed(subject):
   assert limit("clip", 1.0) == 0
 
 
+def test_loading_stands_beside_a_plain_read(subject, monkeypatch):
+  ours, read = stages.Ours(subject), []
+  again = ours.function("load", 1.0)[0]()
+  jax.tree.map(np.testing.assert_array_equal, again, subject.checkpoint.params)
+  with monkeypatch.context() as patched:
+    patched.setattr(stages, "read_plainly", read.append)
+    assert stages.timed(ours, "load", 1.0, 9)["limit_ms"] > 0
+  folder = subject.checkpoint.identity["path"]
+  assert read == [folder] * (1 + 3)
+
+
+def test_a_plain_read_takes_every_byte(tmp_path):
+  (tmp_path / "a.safetensors").write_bytes(bytes(2**26 + 1))
+  (tmp_path / "b.safetensors").write_bytes(b"12")
+  assert stages.read_plainly(tmp_path) == 2**26 + 3
+
+
 def test_the_table_has_ratios_and_shares_of_the_limit():
   own = dict(engine="ours", stage="prefill", ratio=0.25, status="ok", ms=8.0,
              low=7.5, high=9.0, first_s=2.5, limit_ms=2.0)  # fmt: skip
@@ -119,7 +136,7 @@ def test_a_training_is_the_packages_own(subject, tmp_path):
 
 
 FLAGS = dict(
-  size="tiny", methods="", stages="clip,tower,select,first_token,decode",
+  size="tiny", methods="", stages="load,clip,tower,select,first_token,decode",
   kept="1,0.5", repeats=1, peers="twin,transformers", torch_device="cpu",
   tflops=1.0, gbps=1.0,
 )  # fmt: skip
@@ -131,9 +148,9 @@ def test_a_table_goes_on(subject, tmp_path, monkeypatch, capsys):
   )
   commands.run(efficiency_table, **flags)
   rows = json.loads((tmp_path / "stages.json").read_text())["stages"]
-  assert len(rows) == 3 * (2 + 1 + 2 + 2)
+  assert len(rows) == 3 * (3 + 1 + 2 + 2)
   for row in rows:
-    has_one = row["engine"] == "ours" or row["stage"] != "clip"
+    has_one = row["engine"] == "ours" or row["stage"] not in ("load", "clip")
     assert row["status"] == ("ok" if has_one else "not measured")
   assert all((tmp_path / name).stat().st_size for name in stages.FILES)
   assert "ours / twin" in capsys.readouterr().out
@@ -164,6 +181,10 @@ def test_what_does_not_fit_is_written_as_such(subject, tmp_path, monkeypatch):
   out = "out of the device's memory"
   assert [line.count(out) for line in cells] == [0, 0, 2]
   assert float(cells[2][3]) > 0 and float(cells[2][6]) > 0
+  tower, select, quarter, whole, gain = map(float, cells[0][3:8])
+  sooner = (tower + whole) / (tower + select + quarter)
+  assert gain == pytest.approx(sooner, rel=0.01, abs=0.006)
+  assert not cells[2][7]
   first = json.loads((tmp_path / "results.json").read_text())["rows"]
   broken.append("mended")
   commands.run(scaling, **flags)
@@ -179,7 +200,7 @@ def test_what_does_not_fit_is_written_as_such(subject, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "module,changes,message",
   [
-    (efficiency_table, dict(stages="towel"), "--stages=towel: choose of clip"),
+    (efficiency_table, dict(stages="towel"), "--stages=towel: choose of load"),
     (
       efficiency_table,
       dict(peers="twins"),

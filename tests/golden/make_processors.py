@@ -18,6 +18,16 @@ QWEN = (
   (1, 130, 90, 1, 9, 0),
   (5, 90, 90, 1, 9, 12),
 )
+# F, h, w of the frames; least and most pixels of the clip; tokens of a frame, 0
+# for no such bound. Enlarged, reduced, an odd F, and one side below a token.
+QWEN3 = (
+  (2, 40, 70, 2 * 64 * 96, 10**6, 0),
+  (3, 150, 100, 4096, 3 * 64 * 64, 0),
+  (2, 20, 70, 4096, 10**6, 0),
+  (2, 130, 170, 4096, 10**6, 6),
+)
+# Of sizes and samples that are compared without pixels.
+QWEN3_CASES = 400
 # F, h, w, S.
 LLAVA = ((2, 30, 70, 48), (1, 90, 31, 48), (2, 17, 20, 40), (1, 40, 40, 40))
 SIDE = 28
@@ -52,6 +62,7 @@ def main():
     mean = np.array(processor.image_mean)[:, None]
     arrays[f"qwen_{index}"] = _bytes(values * std + mean)
     arrays[f"qwen_{index}_grid_thw"] = out["video_grid_thw"].numpy()[0]
+  arrays |= _qwen3(run)
   for index, (F, h, w, size) in enumerate(LLAVA):
     processor = transformers.LlavaOnevisionVideoProcessor(
       size={"height": size, "width": size},
@@ -64,6 +75,52 @@ def main():
     )
   path = pathlib.Path(__file__).with_name("processors.npz")
   np.savez_compressed(path, **arrays)
+
+
+def _qwen3(run):
+  """Returns {name: array} of Qwen3-VL's processor: pixels, sizes, samples."""
+  import types
+
+  import transformers
+  from transformers.models.qwen3_vl import video_processing_qwen3_vl
+
+  arrays, made = {}, transformers.Qwen3VLVideoProcessor
+  for index, (F, h, w, least, most, tokens) in enumerate(QWEN3):
+    processor = made(
+      size={"shortest_edge": least, "longest_edge": most},
+      cap_pixels_per_frame=bool(tokens),
+      max_video_tokens=tokens or 768,
+      do_sample_frames=False,
+    )
+    out = run(processor, noise(index, F, h, w))
+    arrays[f"qwen3_{index}"] = _bytes(
+      out["pixel_values_videos"].numpy() / 2 + 0.5
+    )
+    arrays[f"qwen3_{index}_grid_thw"] = out["video_grid_thw"].numpy()[0]
+
+  rng = np.random.default_rng(3)
+  sides = rng.integers(12, 1500, (QWEN3_CASES, 2))
+  counts = rng.integers(2, 200, QWEN3_CASES)
+  limits = rng.choice([4096, 131072, 786432, 25165824], (QWEN3_CASES, 2))
+  given = np.column_stack([counts, sides, np.sort(limits, axis=1)])
+  found = [
+    video_processing_qwen3_vl.smart_resize(
+      *row[:3], factor=32, min_pixels=row[3], max_pixels=row[4]
+    )
+    for row in given.tolist()
+  ]
+  arrays["qwen3_sizes"] = np.column_stack([given, found])
+  lengths = rng.integers(1, 3000, QWEN3_CASES)
+  rates = rng.choice([5, 23.976, 24, 25, 30000 / 1001, 30, 60], QWEN3_CASES)
+  samples = []
+  for length, rate in zip(lengths.tolist(), rates.tolist(), strict=True):
+    clip = types.SimpleNamespace(total_num_frames=length, fps=rate)
+    limits = types.SimpleNamespace(fps=2, min_frames=4, max_frames=64)
+    taken = made.sample_frames(limits, clip)
+    samples.append(np.pad(taken, (0, 64 - len(taken)), constant_values=-1))
+  arrays["qwen3_clips"] = np.column_stack([lengths, rates])
+  arrays["qwen3_samples"] = np.stack(samples)
+  return arrays
 
 
 def _bytes(values: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.inference import answerer as answerer_lib
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
-from cacovid_jax.models import generation, processors
+from cacovid_jax.models import generation, processor_files
 from cacovid_jax.synthetic import build
 from tests.evals import report_test, tiny
 
@@ -391,14 +391,14 @@ def test_learned_methods_say_where_a_policy_comes_from(
 
 
 def test_number_of_frames_is_the_checkpoints(checkpoint_dir, tmp_path):
-  assert processors.default_num_frames(experiment_lib.SHIPPED_MODEL) == 16
-  assert processors.default_num_frames(checkpoint_dir) == 32
-  assert processors.default_num_frames(tmp_path) == 32
+  assert processor_files.default_num_frames(experiment_lib.SHIPPED_MODEL) == 16
+  assert processor_files.default_num_frames(checkpoint_dir) == 32
+  assert processor_files.default_num_frames(tmp_path) == 32
   path = tmp_path / "video_preprocessor_config.json"
   for wrong in ("16", 0, True, 2.5):
     path.write_text(json.dumps({"num_frames": wrong}))
     with pytest.raises(errors.UserError, match="num_frames is .*must be a"):
-      processors.default_num_frames(tmp_path)
+      processor_files.default_num_frames(tmp_path)
 
 
 def test_bad_settings_are_one_line(checkpoint_dir):

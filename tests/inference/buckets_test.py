@@ -2,7 +2,8 @@
 
 import dataclasses
 import itertools
-from typing import NamedTuple
+import types
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +28,7 @@ TEXTS = ("Why?", "Which of these is it, " + "the red one " * 5 + "or not?")
 
 class Clip(NamedTuple):
   features: np.ndarray
-  fault: str = ""
+  record: Any = types.SimpleNamespace(fault="")
   second_per_grid_t: float = 0.5
   deep: np.ndarray | None = None
 
@@ -36,7 +37,7 @@ class Source:
   """Random features of clips that are named by their grids."""
 
   want = frozenset()
-  grid = GRIDS[0]
+  grid, watch = GRIDS[0], None
 
   def __init__(self, width: int, buckets=()):
     self._width, self.buckets = width, tuple(buckets)
@@ -117,7 +118,7 @@ def used(checkpoint, policies):
   for one in questions:
     batch = engine.batch([one])
     batch.vanilla()
-    batch.scores("scores", "policy", 0)
+    batch.scores("scores", "policy", methods_lib.Condition())
     count = batch.output(UNIFORM).trace.mask.sum()
     assert count == 2 * (batch.num_video // 4)
     shapes.add(batch.batch.x.shape)

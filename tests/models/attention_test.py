@@ -111,6 +111,26 @@ class AttentionTest(parameterized.TestCase):
       _attend(q, k, v, backend="xla", **kwargs),
     )
 
+  @parameterized.parameters((6, 6), (7, 7), (7, 10))
+  def test_cudnn_is_given_even_sides_where_it_may_be_trained(
+    self, queries, keys
+  ):
+    inputs = _inputs(queries=queries, keys=keys)
+    q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in inputs)
+    lengths, plain = jnp.array([4, keys]), jax.nn.dot_product_attention
+
+    def kernel(q, k, v, *, implementation, **options):
+      self.assertEqual(implementation, "cudnn")
+      self.assertEqual((q.shape[1] % 2, k.shape[1] % 2), (0, 0))
+      return plain(q, k, v, **options)
+
+    with mock.patch.object(jax.nn, "dot_product_attention", kernel):
+      found = attention.attention(q, k, v, lengths=lengths, backend="cudnn")
+    expected = _attend(q, k, v, lengths=lengths, backend="xla")
+    np.testing.assert_allclose(
+      found.astype(np.float32), expected.astype(np.float32), atol=0.02
+    )
+
   @parameterized.parameters("auto", "xla")
   def test_half_precision_is_near_float32(self, backend):
     inputs = _inputs(queries=160, keys=160, dim=16)

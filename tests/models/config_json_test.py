@@ -11,7 +11,7 @@ from cacovid_jax.models import checkpoints
 
 _HERE = pathlib.Path(__file__).parent
 _GOLDEN = _HERE.parent / "golden"
-_MODELS = ("llava_onevision_tiny", "qwen2_5_vl_tiny")
+_MODELS = ("llava_onevision_tiny", "qwen2_5_vl_tiny", "qwen3_vl_tiny")
 _VALUES = (
   None, True, -1, 0, 3, 2**31, 10**30, 1e400, -1e400, "x", [], [None], {},
   {"content": None}, [[[[]]]],
@@ -72,3 +72,31 @@ def test_ends_of_answers_are_numbers(tmp_path, name, value):
   path.write_text(json.dumps({name: value}))
   with pytest.raises(errors.UserError, match=f"{path}: {name}.*must be"):
     checkpoints._ending(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("section", "key", "value", "message"),
+  [
+    (
+      "",
+      "model_type",
+      "qwen3_vl_moe",
+      "a mixture of experts, unlike the dense",
+    ),
+    ("", "model_type", "qwen3_5", "a decoder of linear attention"),
+    ("text_config", "attention_bias", True, "attention_bias is True"),
+    ("vision_config", "deepstack_visual_indexes", [3, 1], "rising"),
+    ("vision_config", "deepstack_visual_indexes", [], "rising"),
+    ("vision_config", "num_position_embeddings", 24, "24 is no square"),
+    ("vision_config", "out_hidden_size", 32, "text_config.hidden_size 64"),
+    ("vision_config", "hidden_act", "silu", "hidden_act is 'silu'"),
+  ],
+)
+def test_what_is_not_qwen3_vl_is_named(tmp_path, section, key, value, message):
+  path = _GOLDEN / "qwen3_vl_tiny" / "config.json"
+  config = json.loads(path.read_text())
+  (config[section] if section else config)[key] = value
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(errors.UserError, match=message) as caught:
+    checkpoints.load_config(tmp_path)
+  assert "\n" not in str(caught.value)

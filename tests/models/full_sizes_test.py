@@ -1,4 +1,4 @@
-"""The four released models: names, shapes and counts, without any weights.
+"""The released models: names, shapes and counts, without any weights.
 
 Expected numbers are those of the released checkpoints' own files and cards.
 """
@@ -9,7 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
+from cacovid_jax.models import (
+  checkpoints,
+  llava_onevision,
+  qwen2_5_vl,
+  qwen3_vl,
+)
 
 ONEVISION = llava_onevision.LlavaOnevisionConfig
 QWEN = qwen2_5_vl.Qwen2_5VLConfig
@@ -148,6 +153,83 @@ def test_names_and_shapes_of_qwen(name):
   expected[f"{merger}.mlp.2.weight"] = (width, 5120)
   expected[f"{merger}.mlp.2.bias"] = (width,)
   assert checkpoints.source_shapes(CONFIGS[name]) == expected
+
+
+# Hidden, inner, layers, heads; of the tower hidden, inner, layers; tied.
+QWEN3 = {
+  "2b": (2048, 6144, 28, 16, 1024, 4096, 24, True),
+  "4b": (2560, 9728, 36, 32, 1024, 4096, 24, True),
+  "8b": (4096, 12288, 36, 32, 1152, 4304, 27, False),
+  "32b": (5120, 25600, 64, 64, 1152, 4304, 27, False),
+}
+
+
+def qwen3_names(size):
+  width, inner, layers, heads, tower, wide, depth, tied = QWEN3[size]
+  vocab, text, visual = 151936, "model.language_model", "model.visual"
+  expected = {
+    f"{text}.embed_tokens.weight": (vocab, width),
+    f"{text}.norm.weight": (width,),
+    f"{visual}.patch_embed.proj.weight": (tower, 3, 2, 16, 16),
+    f"{visual}.patch_embed.proj.bias": (tower,),
+    f"{visual}.pos_embed.weight": (2304, tower),
+  }
+  if not tied:
+    expected["lm_head.weight"] = (vocab, width)
+  for i in range(layers):
+    layer = f"{text}.layers.{i}"
+    for leaf, shape in (
+      ("input_layernorm", (width,)),
+      ("post_attention_layernorm", (width,)),
+      ("self_attn.q_proj", (heads * 128, width)),
+      ("self_attn.k_proj", (1024, width)),
+      ("self_attn.v_proj", (1024, width)),
+      ("self_attn.o_proj", (width, heads * 128)),
+      ("self_attn.q_norm", (128,)),
+      ("self_attn.k_norm", (128,)),
+      ("mlp.gate_proj", (inner, width)),
+      ("mlp.up_proj", (inner, width)),
+      ("mlp.down_proj", (width, inner)),
+    ):
+      expected[f"{layer}.{leaf}.weight"] = shape
+  both = {}
+  for i in range(depth):
+    block = f"{visual}.blocks.{i}"
+    both |= {f"{block}.norm{j}": (tower,) for j in (1, 2)}
+    both[f"{block}.attn.qkv"] = (3 * tower, tower)
+    both[f"{block}.attn.proj"] = (tower, tower)
+    both[f"{block}.mlp.linear_fc1"] = (wide, tower)
+    both[f"{block}.mlp.linear_fc2"] = (tower, wide)
+  mergers = [f"{visual}.deepstack_merger_list.{j}" for j in range(3)]
+  for merger in (f"{visual}.merger", *mergers):
+    joined = merger in mergers
+    both[f"{merger}.norm"] = (4 * tower if joined else tower,)
+    both[f"{merger}.linear_fc1"] = (4 * tower, 4 * tower)
+    both[f"{merger}.linear_fc2"] = (width, 4 * tower)
+  for name, shape in both.items():
+    expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+  return expected
+
+
+@pytest.mark.parametrize("size", QWEN3)
+def test_names_and_shapes_of_qwen3(size):
+  config = qwen3_vl.Qwen3VLConfig.released(size)
+  shapes, layers, depth = (qwen3_names(size), *QWEN3[size][2:7:4])
+  assert checkpoints.source_shapes(config) == shapes
+  untied = not QWEN3[size][-1]
+  assert len(shapes) == 12 * depth + 27 + 11 * layers + 2 + untied
+  count = jax.tree.leaves(checkpoints.param_shapes(config))
+  assert sum(math.prod(leaf.shape) for leaf in count) == sum(
+    map(math.prod, shapes.values())
+  )
+  assert type(config).from_hf(config.to_hf()) == config
+  # As the hub's files of 4.57 and as 5.x writes them.
+  newer = config.to_hf()
+  text = newer["text_config"]
+  rotary = text.pop("rope_scaling")
+  text["rope_parameters"] = rotary | {"rope_theta": text.pop("rope_theta")}
+  newer["vision_config"]["model_type"] = "qwen3_vl_vision"
+  assert type(config).from_hf(newer) == config
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -16,7 +16,7 @@ from PIL import Image
 from cacovid_jax import errors
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import video
-from cacovid_jax.models import processors
+from cacovid_jax.models import processors, qwen2_5_vl_layout
 from tests.data import clips
 from tests.golden import make_processors as golden
 
@@ -82,7 +82,7 @@ def test_patches_are_those_of_plain_loops():
                 for v in range(p)
               ]
             )
-  got = processors.patchify(frames, patch=p, temporal_patch=t, merge=m)
+  got = qwen2_5_vl_layout.patchify(frames, patch=p, temporal_patch=t, merge=m)
   np.testing.assert_array_equal(got, rows)
 
 

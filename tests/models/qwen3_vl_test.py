@@ -1,4 +1,4 @@
-"""Does the protocol hold Qwen3-VL? A draft of it against golden/qwen3_vl_tiny.
+"""Qwen3-VL against golden/qwen3_vl_tiny, stage by stage.
 
 The golden folder was made with transformers 5.24 in float32. In its prompts
 text stands between the temporal patches; one of them is also run without two of
@@ -16,13 +16,12 @@ import pytest
 from cacovid_jax import compressors
 from cacovid_jax.compressors import base, layerwise
 from cacovid_jax.models import (
+  checkpoints,
   generation,
   processors,
   prompt_batch,
-  video_llm,
+  token_grid,
 )
-
-from . import qwen3_vl_draft
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "qwen3_vl_tiny"
 
@@ -35,7 +34,8 @@ def _exact():
 
 @pytest.fixture(scope="module")
 def loaded():
-  return qwen3_vl_draft.load(FOLDER)
+  checkpoint = checkpoints.load(FOLDER)
+  return checkpoint.model, checkpoint.params
 
 
 @pytest.fixture(scope="module")
@@ -275,38 +275,80 @@ def test_the_text_behind_the_video_is_not_that_between_its_patches(prompts):
   np.testing.assert_allclose(look(q, k, batch.lengths)[0], most, atol=1e-6)
 
 
-class _Tokenizer:
-  """One id per character; the tags and the placeholder by their names."""
-
-  def render(self, text):
-    return ["before ", 246, 249, 247, text]
-
-  def encode(self, text):
-    parts = [text] if isinstance(text, str) else text
-    return [
-      i
-      for part in parts
-      for i in (map(ord, part) if isinstance(part, str) else [part])
-    ]
+def _only(prompts, index):
+  """Returns the first prompt with some of its video tokens, and the rows."""
+  alone = jax.tree.map(lambda leaf: leaf[0], prompts[0])
+  rows, pruned = prompt_batch.prune(alone, jnp.asarray(index), len(index))
+  return rows, jax.tree.map(lambda leaf: leaf[None], pruned)
 
 
-def test_times_are_text_between_the_patches(loaded):
-  model, _ = loaded
-  # Frames at 0, 0.5, 1, 1.5 s: the middles of the pairs are 0.25 and 1.25 s.
-  prompt = model.encode_prompt(_Tokenizer(), "why?", (2, 1, 2), 1.0)
-  text = "".join(
-    {246: "[", 247: "]", 249: "*"}.get(i, chr(i)) for i in prompt.ids
+def test_all_tokens_kept_is_the_whole_prompt(loaded, prompts):
+  whole = prompts[0]
+  _, kept = _only(prompts, np.arange(whole.video_rows.shape[1]))
+  jax.tree.map(np.testing.assert_array_equal, kept, whole)
+  for mine, theirs in zip(
+    _read(*loaded, kept)[::2], _read(*loaded, whole)[::2], strict=True
+  ):
+    np.testing.assert_array_equal(mine, theirs)
+
+
+def test_dropped_tokens_are_as_if_nobody_saw_them(loaded, prompts):
+  model, params = loaded
+  whole = prompts[0]
+  # Nothing of the second temporal patch, whose time and marks stay.
+  index = np.setdiff1d(np.arange(0, 60, 4), np.arange(15, 30))
+  rows, kept = _only(prompts, index)
+  visible = np.zeros(whole.x.shape[1], bool)
+  visible[rows] = True
+  assert visible.sum() == whole.x.shape[1] - 60 + len(index)
+  mask = np.tri(len(visible), dtype=bool) & visible
+  hidden, _ = jax.jit(model.forward)(
+    params,
+    whole.x,
+    whole.positions,
+    mask=mask[None],
+    deep=whole.deep,
+    video_rows=whole.video_rows,
   )
-  assert text == "before <0.2 seconds>[**]<1.2 seconds>[**]why?"
-  rows = [i for i, letter in enumerate(text) if letter == "*"]
-  np.testing.assert_array_equal(prompt.video_rows, rows)
-  # Another rate changes the text and no position of the video.
-  slower = model.encode_prompt(_Tokenizer(), "why?", (2, 1, 2), 2.0)
-  assert len(slower.ids) == len(prompt.ids)
-  assert (slower.ids != prompt.ids).any()
-  for ids in (prompt.ids, slower.ids):
-    positions, following = model.positions(
-      ids, video_llm.VideoFeatures(None, (2, 1, 2))
+  mine, _, _ = _read(model, params, kept)
+  _close(mine[0], hidden[0, rows])
+
+
+def test_a_batch_padded_to_a_bucket_is_each_clip_alone(
+  loaded, golden, videos, prompts
+):
+  model, params = loaded
+  # Tokens of the towers' programs, then rows of the decoder's.
+  bucket, start = token_grid.GridBucket(5, 16, 70), 0
+  encode, found = jax.jit(model.encode), []
+  for T, height, width in golden["video_grid_thw"].tolist():
+    end = start + T * height * width
+    inputs = processors.TowerInputs(
+      golden["pixel_values_videos"][start:end], (T, height // 2, width // 2)
     )
-    assert following == len(ids)  # Each 1 x 2 patch takes two positions.
-    assert (positions[0, rows[:2]] == positions[0, rows[0]]).all()
+    found.append(encode(params, model.tower_inputs(inputs, bucket)))
+    start = end
+  for padded, alone in zip(found, videos[0], strict=True):
+    count = len(alone.features)
+    _close(padded.features[:count], alone.features, 2e-6)
+    _close(padded.deep[:, :count], alone.deep, 2e-6)
+    assert not padded.features[count:].any()
+    assert not padded.deep[:, count:].any()
+
+  length, most = max(p.x.shape[1] for p in prompts), 60
+
+  def pad(prompt):
+    one = jax.tree.map(lambda leaf: leaf[0], prompt)
+    more = length - len(one.x)
+    rows = jnp.where(one.video_rows < len(one.x), one.video_rows, length)
+    short = most - len(rows)
+    return one._replace(
+      x=jnp.pad(one.x, [(0, more), (0, 0)]),
+      positions=jnp.pad(one.positions, [(0, 0), (0, more)]),
+      video_rows=jnp.pad(rows, (0, short), constant_values=length),
+      deep=jnp.pad(one.deep, [(0, 0), (0, short), (0, 0)]),
+    )
+
+  batch = jax.tree.map(lambda *x: jnp.stack(x), *map(pad, prompts))
+  together = _greedy(model, params, batch, 4)
+  np.testing.assert_array_equal(together, golden["generated_ids"][:, :4])

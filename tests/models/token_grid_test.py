@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
+from cacovid_jax.data import frames
 from cacovid_jax.models import processors, token_grid
 
 BUCKET = token_grid.GridBucket(5, 24, 75)
@@ -162,7 +163,7 @@ def test_shape_and_sizes_of_a_grid_inside_its_bucket():
 
 def test_default_buckets_follow_from_the_pixels():
   def sizes(processor, given=()):
-    made = token_grid.make_buckets(given, processor, 32)
+    made = token_grid.make_buckets(given, processor, frames.FrameRule(32))
     return [dataclasses.astuple(bucket) for bucket in made]
 
   paper = processors.Qwen2_5VLProcessor(

@@ -51,6 +51,17 @@ def test_axis_that_does_not_divide_is_replicated():
   assert mesh_lib.partition_specs(params, mesh)["q_proj"]["kernel"] == P()
 
 
+def test_heads_that_do_not_divide_are_one_line():
+  mesh = mesh_lib.make_mesh(1, 8, devices=jax.devices()[:8])
+  with pytest.raises(errors.UserError) as caught:
+    mesh_lib.check_heads(28, mesh)
+  assert str(caught.value) == (
+    "config.mesh.model=8 does not divide the base model's 28 attention heads;"
+    " use one of 1, 2, 4, 7, 14, 28"
+  )
+  mesh_lib.check_heads(16, mesh)
+
+
 def test_one_device_replicates_everything():
   mesh = mesh_lib.make_mesh(1, 1, devices=jax.devices()[:1])
   params = {"q_proj": {"kernel": jnp.zeros((4, 4))}}
@@ -100,13 +111,3 @@ def test_what_reads_prompts_and_videos_says_so_to_the_compiler(monkeypatch):
   # Embedding and the question's text; answers, with and without a video, and
   # what is read for likelihoods; the tower.
   assert kinds == ["", "", "prefill", "prefill", "prefill", "tower"]
-
-
-def test_one_process_needs_no_coordinator():
-  mesh_lib.start_processes(None, 1, 0)
-
-
-@pytest.mark.parametrize("coordinator,process", [(None, 0), ("host:1", 2)])
-def test_wrong_start_up_is_named(coordinator, process):
-  with pytest.raises(errors.UserError, match="num_processes=2"):
-    mesh_lib.start_processes(coordinator, 2, process)

@@ -16,12 +16,18 @@ import transformers
 import cacovid_jax
 from cacovid_jax import errors
 from cacovid_jax.models import checkpoints
-from cacovid_jax.parity import __main__, half_precision, models
+from cacovid_jax.parity import (
+  __main__,
+  half_precision,
+  models,
+  reference_patches,
+)
 from cacovid_jax.parity import stage as stage_lib
 from cacovid_jax.parity import transformers as transformers_lib
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 LLAVA, QWEN = GOLDEN / "llava_onevision_tiny", GOLDEN / "qwen2_5_vl_tiny"
+QWEN3 = GOLDEN / "qwen3_vl_tiny"
 SHIPPED = pathlib.Path(cacovid_jax.__file__).parent / "assets" / "base_model"
 
 
@@ -29,7 +35,9 @@ def missed(found):
   return [stage.name for stage in found if not stage.ok]
 
 
-@pytest.fixture(scope="module", params=[LLAVA, QWEN], ids=lambda p: p.name)
+@pytest.fixture(
+  scope="module", params=[LLAVA, QWEN, QWEN3], ids=lambda p: p.name
+)
 def case(request):
   """Returns (model, params, what transformers computes) of a directory."""
   arrays = transformers_lib.reference(request.param, max_new_tokens=3)
@@ -80,12 +88,15 @@ def test_a_miss_is_exit_code_1(capsys):
 
 def test_every_stage_of_a_golden_folder_is_there_and_passes(case):
   model, params, arrays = case
-  folder = LLAVA if "projected_features" in arrays else QWEN
+  folder = QWEN3 if model.num_deep else QWEN
+  folder = LLAVA if "projected_features" in arrays else folder
   # Nothing that the folder's own file has is left out, but sums over it.
   recorded = set(models.read(folder))
   derived = {"generated_logits", "generated_margin", "v4_hidden_states"}
   derived |= {name for name in recorded if name.endswith("mean")}
   derived.add("vision_post_layernorm_unused")
+  # Under the name of the other makers here.
+  derived |= {name for name in recorded if name.startswith("pruned_")}
   assert recorded - derived <= set(arrays)
   # One of the two prompts is padded, on the left.
   assert (
@@ -189,7 +200,7 @@ def test_positions_of_4_50_are_those_of_its_recorded_run():
   recorded = models.read(QWEN)
   config = checkpoints.load_config(QWEN)
   merge = config.vision.merge_size
-  mine = transformers_lib._positions_4_50(
+  mine = reference_patches._positions_4_50(
     recorded["input_ids"],
     recorded["attention_mask"],
     recorded["video_grid_thw"] // (1, merge, merge),

@@ -454,7 +454,7 @@ def test_recorded_descriptions_of_wrong_types_are_one_line(
   path = pathlib.Path(__file__).parent / f"cases/policy_config_{number}.json"
   described = json.loads(path.read_text())
   del described["base_model"]  # Of another model than the tests'.
-  key = "policy.backend" if number in (2, 4) else "policy"
+  key = {2: "policy.backend", 4: r"ratios\[0\]"}.get(number, "policy")
   with pytest.raises(errors.UserError, match=f"{key} is .*must be") as error:
     loading.load_policy(write(**described), checkpoint)
   assert "policy_config.json: " in str(error.value)

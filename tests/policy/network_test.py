@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import errors
-from cacovid_jax.models import qwen2, token_grid
+from cacovid_jax.models import qwen2, qwen3_vl, token_grid
 from cacovid_jax.policy import loading, network
 
 GRID = (2, 3, 2)
@@ -481,3 +481,26 @@ def test_the_policy_lowers_for_tpu_at_full_size():
     shape((6272,), jnp.int32),
   )
   assert traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_a_layer_of_qwen3_keeps_its_norms_and_its_rotary_order():
+  llm = qwen3_vl.Qwen3VLConfig.tiny().text
+  policy = network.Policy(network.PolicyConfig(llm=llm, num_halvings=2))
+  params = policy.init(jax.random.key(0), method="initialise")["params"]
+  public = network.to_public(params)
+  name = "compression_policy.layers.0.self_attn.q_norm.weight"
+  assert public[name].shape == (llm.head_dim,)
+  again = network.from_public(public, policy.config)
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+
+  x = jax.random.normal(jax.random.key(1), (6, llm.hidden_size))
+  positions = jnp.array(
+    [[0, 1, 1, 1, 1, 5], [0, 1, 1, 2, 2, 5], [0, 1, 2, 1, 2, 5]]
+  )
+  given = ({"params": params}, x, positions, np.arange(1, 5), (1, 2, 2))
+  blocks = dataclasses.replace(llm, rope_interleaved=False)
+  blocks = network.Policy(dataclasses.replace(policy.config, llm=blocks))
+  mine, other = (
+    jax.jit(p.apply, static_argnums=4)(*given) for p in (policy, blocks)
+  )
+  assert np.abs(mine.token - other.token).max() > 1e-6

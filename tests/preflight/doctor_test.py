@@ -241,6 +241,8 @@ BROKEN = {
   "undecodable clip": (_bad_clip, {}, "clips", "1 of 3 cannot be used"),
   "too many devices": (
     _nothing, {"mesh.data": 4, "mesh.model": 4}, "mesh", "there are 8"),
+  "heads not shared": (
+    _nothing, {"mesh.model": 3, "mesh.data": 1}, "mesh", "does not divide the"),
   "batch not shared": (
     _nothing, {"mesh.data": 3}, "mesh", "does not divide among the 3"),
   "unknown name": (

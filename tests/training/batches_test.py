@@ -17,7 +17,7 @@ from cacovid_jax.data import question as question_lib
 from cacovid_jax.models import checkpoints, prompt_batch
 from cacovid_jax.policy import sampling
 from cacovid_jax.training import batches as batches_lib
-from cacovid_jax.training import ratio
+from cacovid_jax.training import data_order, ratio
 from tests.data import clips
 from tests.training import tiny
 
@@ -64,7 +64,7 @@ class Frames:
 
 def _train(store, rows=GOOD, **options):
   options = dict(batch_size=4, seed=7, steps=(0, 6), num_threads=0) | options
-  return list(batches_lib.load_ahead(rows, store, **options))
+  return list(data_order.load_ahead(rows, store, **options))
 
 
 def _ids(batches):
@@ -188,14 +188,14 @@ def test_question_hash_is_a_fixed_function():
 
 
 def test_every_epoch_is_another_permutation():
-  order = batches_lib.Order(10, seed=7)
+  order = data_order.Order(10, seed=7)
   epochs = [[order[e * 10 + i] for i in range(10)] for e in range(3)]
   for epoch in epochs:
     assert sorted(epoch) == list(range(10))
   assert epochs[0] != epochs[1] != epochs[2]
-  again = batches_lib.Order(10, seed=7)
+  again = data_order.Order(10, seed=7)
   assert [again[i] for i in (25, 3)] == [order[25], order[3]]
-  other = batches_lib.Order(10, seed=8)
+  other = data_order.Order(10, seed=8)
   assert [other[i] for i in range(10)] != epochs[0]
 
 
@@ -228,7 +228,7 @@ def _mixed():
 
 def test_bad_clips_are_replaced_by_place_alone(root, tmp_path):
   rows, path = _mixed(), tmp_path / "log" / "quarantine.jsonl"
-  order = batches_lib.Order(len(rows), seed=7)
+  order = data_order.Order(len(rows), seed=7)
   ledger = left_out.RejectedClips(path)
   batches = _train(Frames(root), rows, rejected=ledger)
   flat = [name for batch in _ids(batches) for name in batch]
@@ -283,7 +283,7 @@ def test_a_damaged_line_of_the_ledger_is_set_aside(tmp_path, root, caplog):
 
 
 def test_too_many_bad_clips_end_the_run(root, monkeypatch):
-  monkeypatch.setattr(batches_lib, "MIN_FAILURES", 5)
+  monkeypatch.setattr(data_order, "MIN_FAILURES", 5)
   with pytest.raises(errors.UserError, match="clips cannot be used, more than"):
     _train(Frames(root), _mixed(), steps=(0, 50))
   rows = _rows(["absent.mp4"] * 4)
@@ -304,7 +304,7 @@ def test_frame_rules_always_give_the_static_number_of_frames():
 
 def test_without_questions_there_is_no_order():
   with pytest.raises(errors.UserError, match="give at least one"):
-    batches_lib.Order(0, seed=1)
+    data_order.Order(0, seed=1)
 
 
 def test_an_odd_shape_can_cross_processes():

@@ -3,10 +3,13 @@
 The gradient is compared before AdamW, which would hide a wrong factor.
 """
 
+import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -69,6 +72,43 @@ def test_gradient_on_eight_devices_is_that_of_one(reference):
   assert max(np.abs(g).max() for g in jax.tree.leaves(expected)) > 1e-4
   _, function = mapped(config, 8)
   assert_close(jax.device_get(function(*arguments)), expected)
+
+
+class WithFrozenHead(tiny.Policy):
+  """The tiny policy beside the head that is never trained."""
+
+  @nn.compact
+  def __call__(self, x, positions, video_rows, grid, length):
+    scores = super().__call__(x, positions, video_rows, grid, length)
+    extra = nn.Dense(3, name="mode_selection")(x.mean(axis=0))
+    # Even where a policy reads it.
+    return scores._replace(frame=scores.frame + extra.mean())
+
+
+def _sent(jaxpr):
+  """Returns [numbers of each sum over `data`], inner programs included."""
+  found = []
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name.startswith("psum") and "data" in eqn.params["axes"]:
+      found.append(sum(var.aval.size for var in eqn.invars))
+    for inner in jax.core.jaxprs_in_params(eqn.params):
+      found += _sent(inner)
+  return found
+
+
+def test_devices_send_each_other_trained_parameters_only():
+  config = dataclasses.replace(tiny.step_config(), policy=WithFrozenHead())
+  state = tiny.state(config)
+  frozen = state.params["mode_selection"]
+  size = optax.tree.size(state.params) - optax.tree.size(frozen)
+  _, function = mapped(config, 2)
+  arguments = state, tiny.constants(config), tiny.batch(2)
+  jaxpr = jax.make_jaxpr(function)(*arguments)
+  sent, metrics = sum(_sent(jaxpr.jaxpr)), 20  # Scalars, at most.
+  assert size <= sent <= size + metrics < size + optax.tree.size(frozen)
+  found = function(*arguments)
+  assert not any(map(np.any, jax.tree.leaves(found["mode_selection"])))
+  assert all(map(np.any, jax.tree.leaves(found["token"])))
 
 
 def twenty_steps():

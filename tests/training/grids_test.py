@@ -185,7 +185,7 @@ class Alone:
         eos_ids=config.eos_ids,
         pad_id=config.pad_id,
       )
-      scores = step.policy_scores(config, before, videos)
+      scores = step.policy_scores(config, before, videos, np.zeros(1, int))
       memory = replay.empty(
         jax.tree.map(lambda leaf: leaf[0], scores),
         modes=config.modes,

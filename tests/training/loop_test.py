@@ -171,14 +171,13 @@ import itertools, pathlib, sys, time
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from cacovid_jax.parallel import mesh
+from cacovid_jax.parallel import peers
 from cacovid_jax.training import checkpointing
 from tests.training import tiny
 
 folder, port, number = sys.argv[1:]
 folder = pathlib.Path(folder)
 jax.config.update("jax_disable_most_optimizations", True)
-mesh.start_processes(f"localhost:{port}", 2, int(number))
 config = tiny.config(**{
   "mesh.data": 2,
   "total_steps": 3,
@@ -201,21 +200,26 @@ def ask_until_told(step):
       raise TimeoutError("JAX has not heard of the signal")
     time.sleep(0.01)
 
-multihost_utils.reached_preemption_sync_point = ask_until_told
-try:
-  tiny.train(folder / "parts", config)
-except SystemExit as error:
-  stopped = error
-multihost_utils.reached_preemption_sync_point = ask
-assert checkpointing.steps(folder / "parts" / "checkpoints") == [2]
-seen = []
-again = tiny.train(
-  folder / "parts", config, on_step=lambda step, *unused: seen.append(step)
-)
-assert seen == [3], seen
-whole = tiny.train(folder / "whole", config)
-jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
-raise stopped
+with peers.joined(f"localhost:{port}", 2, int(number)):
+  multihost_utils.reached_preemption_sync_point = ask_until_told
+  try:
+    tiny.train(folder / "parts", config)
+  except SystemExit as error:
+    stopped = error
+  multihost_utils.reached_preemption_sync_point = ask
+  assert checkpointing.steps(folder / "parts" / "checkpoints") == [2]
+  seen = []
+  again = tiny.train(
+    folder / "parts", config, on_step=lambda step, *unused: seen.append(step)
+  )
+  assert seen == [3], seen
+  load, loaded = tiny.Store.load, []
+  tiny.Store.load = lambda own, path: loaded.append(path) or load(own, path)
+  whole = tiny.train(folder / "whole", config)
+  # Three steps of two videos, of which each process reads its own.
+  assert config.videos_per_step == 2 and len(loaded) == 3, loaded
+  jax.tree.map(np.testing.assert_array_equal, again.state, whole.state)
+  raise stopped
 """
 
 

@@ -159,16 +159,20 @@ def mesh(data=1, model=1):
 
 
 @functools.cache
-def programs_of(config, data, map_with):
-  return programs.TrainingPrograms([config], mesh(data), map_with=map_with)
+def programs_of(config, data, map_with, model=1):
+  made = mesh(data, model)
+  return programs.TrainingPrograms([config], made, map_with=map_with)
 
 
-def run(config, batches, *, data=1, map_with="shard_map", weights=None):
+def run(config, batches, *, data=1, map_with="shard_map", weights=None,
+        model=1):  # fmt: skip
   """Returns (programs, state, outputs per batch) of steps from the start."""
-  made = programs_of(config, data, map_with)
+  made = programs_of(config, data, map_with, model)
   held = constants(config) if weights is None else weights
   current = mesh_lib.put(state(config), made.mesh, programs.ONE)
-  held = mesh_lib.put(held, made.mesh, programs.ONE)
+  params = mesh_lib.shard_base_params(held.params, made.mesh)
+  held = mesh_lib.put(held.replace(params=None), made.mesh, programs.ONE)
+  held = held.replace(params=params)
   outs = []
   for one in batches:
     current, *out = made.run(
