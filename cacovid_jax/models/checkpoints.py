@@ -69,7 +69,7 @@ class Checkpoint:
 # output embeddings; POST_NORM, where names begin of a norm that nothing reads.
 _MODULES = (llava_onevision, qwen2_5_vl, qwen3_vl)
 _FAMILIES = {x.__name__.rpartition(".")[2]: x for x in _MODULES}
-# Parts of kinds that one could take for these, and what is not like them.
+# Parts of kinds that one could take for these, and why they are not.
 _RELATED = {
   "qwen3_vl_moe": "a mixture of experts, unlike the dense Qwen3-VL",
   "qwen3_5": "a decoder of linear attention, unlike Qwen3-VL's",
@@ -270,9 +270,7 @@ def load(
   in the files' own types and computes in that of the embeddings.
   """
   given, directory = os.fspath(directory), hub.directory(directory)
-  config = load_config(directory)
-  if mesh is not None:
-    mesh_lib.check_heads(config.text.num_heads, mesh)
+  mesh_lib.check_heads((config := load_config(directory)).text.num_heads, mesh)
   eos_ids, pad_id = _ending(directory)
   tokenizer = _tokenizer(directory)
   params = load_params(directory, config, dtype, mesh=mesh, layers=layers)

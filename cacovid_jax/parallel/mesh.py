@@ -263,9 +263,9 @@ def mesh_of(params) -> Mesh | None:
   return None
 
 
-def check_heads(num_heads: int, mesh: Mesh) -> None:
+def check_heads(num_heads: int, mesh: Mesh | None) -> None:
   """Refuses a `model` axis that does not divide the base model's heads."""
-  size = mesh.shape["model"]
+  size = mesh.shape["model"] if mesh is not None else 1
   if num_heads % size:
     fits = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
     raise errors.UserError(
