@@ -53,7 +53,7 @@ def cells(x, side: int):
     return jnp.moveaxis(x, 2, 3).reshape(len(x), side**2, k * k, -1)
 
   x = cut(jnp.pad(x, ((0, 0), *pad, (0, 0))))
-  return x, np.asarray(cut(there[None, ..., None])[0, ..., 0])
+  return x, cut(there[None, ..., None])[0, ..., 0]
 
 
 class _Features(nn.Module):
