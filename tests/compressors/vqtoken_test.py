@@ -10,6 +10,7 @@ from sklearn import metrics
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import simple, vqtoken
+from cacovid_jax.compressors.math import kmeans
 from tests.compressors import given, quick
 
 GRID = (8, 2, 3)
@@ -64,8 +65,8 @@ def program(num_keep, **options):
   )
 
 
-_seeds = quick.jit(vqtoken.seeds, static_argnums=2, static_argnames="per_draw")
-_lloyd = quick.jit(vqtoken.lloyd, static_argnames="rounds")
+_seeds = quick.jit(kmeans.seeds, static_argnums=2, static_argnames="per_draw")
+_lloyd = quick.jit(kmeans.lloyd, static_argnames="rounds")
 
 
 @pytest.mark.parametrize("codes", ["raw", "unit"])
@@ -101,7 +102,7 @@ def test_no_round_raises_the_inertia():
   inertia = []
   for rounds in range(8):
     centres = _lloyd(x, x[:9], used, rounds=rounds)
-    inertia.append(float(np.sum(1 - vqtoken.nearest(x, centres, used)[1])))
+    inertia.append(float(np.sum(1 - kmeans.nearest(x, centres, used)[1])))
   assert np.diff(inertia).max() <= 1e-5
   assert inertia[-1] < inertia[0]
   np.testing.assert_allclose(inertia, naive_inertia(x, 8), rtol=1e-4)
@@ -144,7 +145,7 @@ def test_seeds_are_drawn_by_squared_distance():
   # Token 0 is drawn first in a third of cases; then token 2 is 4 away from
   # both others and these are 0 apart: it must come second or first.
   x = jnp.array([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
-  draw = quick.jit(jax.vmap(lambda rng: vqtoken.seeds(rng, x, 2)))
+  draw = quick.jit(jax.vmap(lambda rng: kmeans.seeds(rng, x, 2)))
   drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 300)))
   assert np.all((drawn == 2).any(axis=1))
   share = np.bincount(drawn[:, 0], minlength=3) / 300

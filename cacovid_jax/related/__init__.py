@@ -1,0 +1,1 @@
+"""Systems that stand beside CaCoVID, each small, trainable and compared."""

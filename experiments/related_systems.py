@@ -1,0 +1,118 @@
+r"""The related systems that learn: a table, bars and a picture of each.
+
+python -m experiments.related_systems [--smoke] [--systems=hcq,emcl]
+python -m experiments.related_systems --config=configs/related_systems.py:cpu
+
+Trains small versions on planted data and on clips of the embedded benchmark,
+which are drawn if they are not there; docs/related_systems.md says what each
+is and what it may claim.
+
+WORKDIR/SYSTEM.md, SYSTEM.svg   a row per case and arm, over the seeds; the bars
+WORKDIR/results.json            all of it
+WORKDIR/SYSTEM.jsonl            every cell as it is measured
+WORKDIR/checkpoints/SYSTEM/     of what was trained
+
+Stopped and given again, it goes on where it was.
+"""
+
+import importlib
+import json
+import pathlib
+import time
+
+import ml_collections
+
+from cacovid_jax import command, errors, files, terminal
+from cacovid_jax import config as config_lib
+from cacovid_jax.data import answer_log
+from cacovid_jax.evals import provenance, tables
+from cacovid_jax.related import clips as clips_lib
+from cacovid_jax.related import study as study_lib
+from experiments import reporting
+
+SYSTEMS = ("quecc", "law", "hcq", "emcl", "adaptok", "infotok")
+_BAR_HEAD = ("to show", "measured", "holds")
+
+COMMAND = command.Command(
+  __doc__,
+  {
+    "workdir": command.Flag("Folder of the run; below workdirs/ by default."),
+    "systems": command.Flag("Which of them.", default=SYSTEMS),
+    "smoke": command.Flag(
+      "Few steps and one seed, to see that everything runs.", default=False
+    ),
+  },
+  default="configs/related_systems.py",
+  sections=False,
+)
+
+
+def main(args):
+  """Runs the comparisons that the command line asks for."""
+  config = args.config
+  for name in args.systems:
+    if name not in SYSTEMS:
+      raise errors.UserError(
+        f"unknown system {name!r}; there are {', '.join(SYSTEMS)}"
+      )
+  workdir = args.workdir or f"workdirs/related{'_smoke' * args.smoke}"
+  workdir = pathlib.Path(workdir)
+  clips = clips_lib.Clips(**config.clips)
+  out = {"host": provenance.host(), "systems": {}}
+  written = []
+  for name in args.systems:
+    folder = workdir / "checkpoints" / name
+    module = importlib.import_module(f"cacovid_jax.related.{name}")
+    study = module.study(config[name], config.seeds, clips, folder)
+    # Of one system, so that others may change or be added.
+    parts = {part: config[part] for part in ("seeds", "clips", name)}
+    run = {"config": config_lib.config_hash(ml_collections.ConfigDict(parts))}
+    path, mend = workdir / f"{name}.jsonl", "or give another --workdir"
+    with answer_log.AnswerLog(path, run, mend=mend) as rows:
+      found = measure(name, study, rows)
+    out["systems"][name] = write(workdir, name, study, found)
+    written += [f"{name}.md", f"{name}.svg"]
+  files.write_json(workdir / "results.json", out)
+  reporting.files(workdir, [*written, "results.json"])
+
+
+def measure(name, study, rows):
+  """Returns (case, seed, arms, seconds) of each cell; those known are kept."""
+  found = []
+  for cell in study.cells:
+    key = answer_log.Key(name, 1.0, cell.seed, cell.case)
+
+    def run(cell=cell):
+      terminal.tell(f"{study.title}: {cell.case}, seed {cell.seed}")
+      start = time.monotonic()
+      # In a list: a ledger keeps no order of keys.
+      arms = list(cell.run().items())
+      return {"arms": arms, "seconds": time.monotonic() - start}
+
+    row = reporting.once(rows, key, run)
+    arms = dict(row["arms"])
+    found.append((cell.case, cell.seed, arms, row["seconds"]))
+  return found
+
+
+def write(workdir, name, study, found):
+  """Writes a system's table and picture, and returns both as numbers."""
+  table = study_lib.Outcome([cell[:3] for cell in found])
+  bars = study.bars(table)
+  lines = [
+    [bar.text, f"{bar.value:.3f}", "yes" if bar.holds else "no"] for bar in bars
+  ]
+  text = f"# {study.title}\n\n{table.markdown()}\n\n"
+  text += f"{tables.as_markdown(_BAR_HEAD, lines, range(1, 2))}\n"
+  files.write(workdir / f"{name}.md", text)
+  files.write(workdir / f"{name}.svg", study.picture(table))
+  print(text)
+  told = ("case", "seed", "arms", "seconds")
+  cells = [dict(zip(told, cell, strict=True)) for cell in found]
+  return json.loads(
+    json.dumps({"cells": cells, "bars": [bar._asdict() for bar in bars]})
+  )
+
+
+if __name__ == "__main__":
+  COMMAND.run(main)
