@@ -68,7 +68,9 @@ def test_the_other_family_is_written_and_fits(tmp_path):
   assert [row.video for row in rows] == ["train_002s.mp4", "train_006s.mp4"]
   for split, lengths in _CLIPS.items():
     assert len(readers.read_own(data, data, split=split)) == len(lengths)
-  config = directory_run.configured("tiny-qvl", model, data, _SHORT)
+  config = directory_run.configured(
+    "tiny-qvl", model, data, (*_SHORT, "mesh.data=1")
+  )
   experiment = experiment_lib.Experiment.from_config(
     config, tmp_path / "run", split="videos_per_step"
   )

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.extend import core
 from jax.sharding import PartitionSpec as P
 
 from cacovid_jax import errors
@@ -91,13 +92,14 @@ def _sent(jaxpr):
   for eqn in jaxpr.eqns:
     if eqn.primitive.name.startswith("psum") and "data" in eqn.params["axes"]:
       found.append(sum(var.aval.size for var in eqn.invars))
-    for inner in jax.core.jaxprs_in_params(eqn.params):
+    for inner in core.jaxprs_in_params(eqn.params):
       found += _sent(inner)
   return found
 
 
 def test_devices_send_each_other_trained_parameters_only():
-  config = dataclasses.replace(tiny.step_config(), policy=WithFrozenHead())
+  config = tiny.step_config(reward="margin")  # Which differs between rows.
+  config = dataclasses.replace(config, policy=WithFrozenHead())
   state = tiny.state(config)
   frozen = state.params["mode_selection"]
   size = optax.tree.size(state.params) - optax.tree.size(frozen)
@@ -131,7 +133,7 @@ def test_pmap_gives_the_bytes_of_shard_map():
 def test_pmap_runs_every_program_of_an_adaptive_ratio():
   config = tiny.step_config(fixed=None, rungs=(0.125, 0.25), iterations=1)
   batches = [tiny.batch(4, ladder=config.ladder)]
-  made = tiny.programs_of(config, 2, "pmap")
+  made = tiny.programs_of(config, 2, "pmap", 1)
   given = tiny.state(config), tiny.constants(config)
   placed = (mesh_lib.put(x, made.mesh, programs.ONE) for x in given)
   made.compile_ahead(*placed, batches)
