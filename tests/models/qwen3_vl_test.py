@@ -330,8 +330,8 @@ def test_a_batch_padded_to_a_bucket_is_each_clip_alone(
     start = end
   for padded, alone in zip(found, videos[0], strict=True):
     count = len(alone.features)
-    _close(padded.features[:count], alone.features, 2e-6)
-    _close(padded.deep[:, :count], alone.deep, 2e-6)
+    _close(padded.features[:count], alone.features, 1e-5)
+    _close(padded.deep[:, :count], alone.deep, 1e-5)
     assert not padded.features[count:].any()
     assert not padded.deep[:, count:].any()
 
