@@ -358,15 +358,18 @@ def _linear_arms(settings, seed, mean_levels):
 def study(settings, seeds, clips, folder=None) -> study_lib.Study:
   """Returns the comparison with fixed lengths at equal tokens."""
   del clips  # Its own are of squares.
-  cells = []
-  for seed in seeds:
-    for levels in settings.mean_levels:
-      run = functools.partial(_linear_arms, settings, seed, levels)
-      cells.append(study_lib.Cell(_case(levels), seed, run))
-  for seed in seeds:
-    for case, arms in (("tokenizer", _arms), ("every length", _lengths)):
-      run = functools.partial(arms, settings, seed, folder)
-      cells.append(study_lib.Cell(case, seed, run))
+  linear = {
+    _case(levels): functools.partial(_linear_arms, settings, mean_levels=levels)
+    for levels in settings.mean_levels
+  }
+  trained = {
+    case: functools.partial(arms, settings, folder=folder)
+    for case, arms in (("tokenizer", _arms), ("every length", _lengths))
+  }
+  cells = [
+    *study_lib.cells(seeds, linear),
+    *study_lib.cells(seeds, trained),
+  ]
 
   def bars(table):
     least = study_lib.Bar.least

@@ -297,19 +297,19 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
     "no groups": ("subspace", settings.subspace_noise),
     "shared nuisance": ("nuisance", 1.0),
   }
-  cells = []
-  for seed in seeds:
-    for case, (kind, noise) in cases.items():
-      run = functools.partial(_planted_arms, settings, seed, kind, noise)
-      cells.append(study_lib.Cell(case, seed, run))
+  of_planted = {
+    case: functools.partial(_planted_arms, settings, kind=kind, noise=noise)
+    for case, (kind, noise) in cases.items()
+  }
 
   def embedded(seed):
     train, test = (clips.pairs(split) for split in clips.SPLITS)
     return _trained_arms(settings, seed, train, test, folder)
 
-  for seed in seeds:
-    run = functools.partial(embedded, seed)
-    cells.append(study_lib.Cell("embedded clips", seed, run))
+  cells = [
+    *study_lib.cells(seeds, of_planted),
+    *study_lib.cells(seeds, {"embedded clips": embedded}),
+  ]
 
   def bars(table):
     gap = functools.partial(table.gap, measure="t2v R@1")

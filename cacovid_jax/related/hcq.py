@@ -331,19 +331,14 @@ def _arms(module, settings, codes, seed, train_set, test, folder):
 
 def study(settings, seeds, clips, folder=None) -> study_lib.Study:
   """Returns the comparison with floats and with codes fitted afterwards."""
-  cells = []
-  for seed in seeds:
-    for codes in settings.codes:
 
-      def run(seed=seed, codes=codes):
-        pairs = planted(seed, settings.train + settings.test)
-        train_set, test = (
-          jax.tree.map(lambda x, at=at: x[at], pairs)
-          for at in (slice(settings.train), slice(settings.train, None))
-        )
-        return _arms(Pairs(), settings, codes, seed, train_set, test, folder)
-
-      cells.append(study_lib.Cell(_case(codes), seed, run))
+  def of_planted(codes, seed):
+    pairs = planted(seed, settings.train + settings.test)
+    train_set, test = (
+      jax.tree.map(lambda x, at=at: x[at], pairs)
+      for at in (slice(settings.train), slice(settings.train, None))
+    )
+    return _arms(Pairs(), settings, codes, seed, train_set, test, folder)
 
   def embedded(seed):
     own = settings.clips
@@ -352,9 +347,14 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
     at = folder and folder / "clips"
     return _arms(module, own, own.codes, seed, train_set, test, at)
 
-  for seed in seeds:
-    run = functools.partial(embedded, seed)
-    cells.append(study_lib.Cell("embedded clips", seed, run))
+  cases = {
+    _case(codes): functools.partial(of_planted, codes)
+    for codes in settings.codes
+  }
+  cells = [
+    *study_lib.cells(seeds, cases),
+    *study_lib.cells(seeds, {"embedded clips": embedded}),
+  ]
 
   def bars(table):
     out = []

@@ -206,13 +206,12 @@ def _source_arms(settings, seed, folder):
 def study(settings, seeds, clips, folder=None) -> study_lib.Study:
   """Returns the comparison with equal counts and with the exact allocator."""
   del clips  # Its own are of squares.
-  cells = []
-  for seed in seeds:
-    for levels in settings.mean_levels:
-      run = functools.partial(_linear_arms, settings, seed, levels)
-      cells.append(study_lib.Cell(_case(levels), seed, run))
-    run = functools.partial(_source_arms, settings, seed, folder)
-    cells.append(study_lib.Cell("source of k bits", seed, run))
+  cases = {
+    _case(levels): functools.partial(_linear_arms, settings, mean_levels=levels)
+    for levels in settings.mean_levels
+  }
+  source = functools.partial(_source_arms, settings, folder=folder)
+  cells = study_lib.cells(seeds, cases | {"source of k bits": source})
 
   def bars(table):
     least, most = study_lib.Bar.least, study_lib.Bar.most

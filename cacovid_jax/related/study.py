@@ -4,6 +4,7 @@ A cell is a case with a seed; it runs every arm on the same data. Figures are
 ours alone: what others published stands in the docs.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,17 @@ class Cell(NamedTuple):
   case: str
   seed: int
   run: Callable[[], Arms]
+
+
+def cells(
+  seeds: Iterable[int], cases: Mapping[str, Callable[[int], Arms]]
+) -> list[Cell]:
+  """Returns the cells of each seed, of cases {name: f(seed) -> arms}."""
+  return [
+    Cell(case, seed, functools.partial(run, seed))
+    for seed in seeds
+    for case, run in cases.items()
+  ]
 
 
 class Bar(NamedTuple):
