@@ -266,11 +266,11 @@ def load(
   """Returns the `Checkpoint` of a directory; options as of `load_params`.
 
   The directory may be `org/name` of one in the Hugging Face cache, see `hub`.
-  `dtype` is that of the weights and of the computation; None keeps the weights
-  in the files' own types and computes in that of the embeddings.
+  Weights and computing have `dtype`; None: the files' own, and the embeddings'.
   """
   given, directory = os.fspath(directory), hub.directory(directory)
-  mesh_lib.check_heads((config := load_config(directory)).text.num_heads, mesh)
+  config = load_config(directory)
+  mesh_lib.check_heads(config.text.num_heads, mesh)
   eos_ids, pad_id = _ending(directory)
   tokenizer = _tokenizer(directory)
   params = load_params(directory, config, dtype, mesh=mesh, layers=layers)

@@ -114,10 +114,11 @@ def make_buckets(sizes, processor, rule, *, strict=True):
 
 def _differ(processor, rule) -> bool:
   """Returns whether one length of buckets would not do for a rule's clips."""
-  if rule.fills or rule.name == frames_lib.RATE_RULE:
-    return not rule.fills
+  if rule.fills:
+    return False
   tokens = processor.patch_tokens
-  return tokens(rule.fewest) != tokens(rule.num_frames)
+  varies = rule.name == frames_lib.RATE_RULE
+  return varies or tokens(rule.fewest) != tokens(rule.num_frames)
 
 
 def _lengths(processor, fewest: int, most: int):
