@@ -22,7 +22,7 @@ EVAL_RULES = ("eval_linspace", "train_linspace_1fps", "eval_linspace_2fps")
 FRAME_RULES = (*EVAL_RULES, "public_linspace_1fps")
 
 # Seeds of JAX have 32 bits: beyond them, two seeds would draw alike.
-_SEED = schema.within(int, 0, 2**32 - 1)
+SEED = schema.within(int, 0, 2**32 - 1)
 _NEW_TOKENS = 2**17  # Longer than any model's context.
 _WORKERS = schema.within(int, 0, 4096)
 TEXTS = tuple[schema.Text, ...]
@@ -31,8 +31,8 @@ _SIZES = tuple[schema.Size, ...]
 
 # (type, names of keys).
 _LIMITS = (
-  (_SEED, "seed prepare.seed pretrain.seed"),
-  (tuple[_SEED, ...], "evals.seeds"),
+  (SEED, "seed prepare.seed pretrain.seed"),
+  (tuple[SEED, ...], "evals.seeds"),
   (
     schema.Count,
     "videos_per_step iterations log_every max_bad_steps mesh.model"
@@ -139,8 +139,12 @@ _LIMITS = (
 @functools.cache
 def kinds() -> dict[str, Any]:
   """Returns the type of every key, "key.subkey"."""
-  listed = {key: kind for kind, names in _LIMITS for key in names.split()}
-  return _defaults(base_config.get_config()) | listed
+  return _defaults(base_config.get_config()) | listed(_LIMITS)
+
+
+def listed(limits) -> dict[str, Any]:
+  """Returns {key: type} of (type, "names of keys") pairs."""
+  return {key: kind for kind, names in limits for key in names.split()}
 
 
 def _defaults(group, prefix=""):
@@ -155,12 +159,13 @@ def _defaults(group, prefix=""):
   return found
 
 
-def check(config, where="") -> None:
+def check(config, where="", limits=None) -> None:
   """Stops at a value that is not what it must be, in whatever keys there are.
 
-  `config` are nested mappings; `where` says in errors where they come from.
+  `config` are nested mappings; `where` says in errors where they come from;
+  `limits` are the types of a config of other keys, as `kinds` gives.
   """
-  for key, kind in kinds().items():
+  for key, kind in (kinds() if limits is None else limits).items():
     *groups, leaf = key.split(".")
     group, name = config, ""
     for part in groups:

@@ -27,6 +27,7 @@ from cacovid_jax import config as config_lib
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import provenance, tables
 from cacovid_jax.related import clips as clips_lib
+from cacovid_jax.related import settings
 from cacovid_jax.related import study as study_lib
 from experiments import reporting
 
@@ -50,6 +51,7 @@ COMMAND = command.Command(
 def main(args):
   """Runs the comparisons that the command line asks for."""
   config = args.config
+  settings.check(config)
   for name in args.systems:
     if name not in SYSTEMS:
       raise errors.UserError(

@@ -90,7 +90,8 @@ def test_batches_of_several_clips_change_no_byte(batch_size, ask, plain):
   found = times["throughput"]
   assert (found["clips"], found["questions"]) == (3, 9)
   assert 0 < found["busy_share"] <= 1
-  assert found["questions_per_second"] == 3 * found["clips_per_second"] > 0
+  rates = found["questions_per_second"], 3 * found["clips_per_second"]
+  assert rates[0] == pytest.approx(rates[1]) and rates[0] > 0
   for name in ("clips", "tower", "policy", "vanilla", "answer from 32 tokens"):
     assert times["seconds"][name] > 0
   assert plain[2]["throughput"]["busy_share"] is None

@@ -39,6 +39,25 @@ def test_unknown_systems_and_other_configs_are_one_line(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+  "given, told",
+  [
+    ("hcq.batch=0", "config.hcq.batch is 0; it must be a whole number at least 1"),
+    ("emcl.fit.lr=-1", "config.emcl.fit.lr is -1"),
+    ("adaptok.mean_levels=(2, -4)", "config.adaptok.mean_levels"),
+    ("clips.variant=denser", "config.clips.variant is 'denser'"),
+    ("seeds=(-1,)", "config.seeds"),
+  ],
+)
+def test_settings_of_no_sense_are_one_line(given, told, tmp_path):
+  key, _, value = given.partition("=")
+  flags = dict(config=CONFIG, workdir=tmp_path, systems="law")
+  with pytest.raises(errors.UserError) as caught:
+    commands.run(related_systems, **flags, **{f"config.{key}": value})
+  assert told in str(caught.value) and "\n" not in str(caught.value)
+  assert not list(tmp_path.iterdir())
+
+
 def test_captions_that_are_missing_are_one_line():
   known = {"a": ["There is a red moon."], "b": []}
   assert clips_lib.captions_of(known, ["a"]) == ["There is a red moon."]
