@@ -22,7 +22,7 @@ import time
 
 import ml_collections
 
-from cacovid_jax import command, errors, files, terminal
+from cacovid_jax import command, config_limits, errors, files, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import provenance, tables
@@ -51,7 +51,7 @@ COMMAND = command.Command(
 def main(args):
   """Runs the comparisons that the command line asks for."""
   config = args.config
-  settings.check(config)
+  config_limits.check(config, limits=settings.LIMITS)
   for name in args.systems:
     if name not in SYSTEMS:
       raise errors.UserError(

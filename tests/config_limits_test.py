@@ -56,7 +56,7 @@ def test_every_number_of_every_config_has_a_range():
   configs = [importlib.import_module(f"configs.{name}") for name in _CONFIGS]
   configs = [base_config.get_config(), *(c.get_config() for c in configs)]
   for config in configs:
-    kinds = settings.kinds() if "hcq" in config else config_limits.kinds()
+    kinds = settings.LIMITS if "hcq" in config else config_limits.kinds()
     for key, _ in _flat(config):
       if key.startswith("evals.candidates."):
         continue

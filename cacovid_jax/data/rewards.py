@@ -19,23 +19,17 @@ import regex
 from nltk.stem import porter
 from rouge_score import rouge_scorer, tokenize, tokenizers
 
-from cacovid_jax import config_limits, errors
+from cacovid_jax import config_limits
 from cacovid_jax.data import question as question_lib
 
 _EPSILON = 1e-9
 _ROUGE = ("rouge1", "rouge2", "rougeL")
-UNICODE, PUBLIC = WORDS = config_limits.ROUGE
+UNICODE, PUBLIC = config_limits.ROUGE
 # Scripts without spaces between words: each letter, with its marks, is one.
 _DENSE = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _WORD = regex.compile(
   rf"(?V1)[{_DENSE}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{_DENSE}]]+"
 )
-
-
-def check_words(words: str) -> None:
-  """Refuses what is not one of `WORDS`."""
-  if words not in WORDS:
-    raise errors.UserError(f"rouge={words!r}: use {' or '.join(WORDS)}")
 
 
 def words_of(text: str) -> list[str]:
@@ -53,7 +47,7 @@ def reward(
   """Returns the reward in [0, 1] of one answer, 0 for an unknown problem type.
 
   Of both texts, what stands inside `<answer>...</answer>` counts alone. `words`
-  is what ROUGE counts in free-form answers, one of `WORDS`.
+  is what ROUGE counts in free-form answers, one of `config_limits.ROUGE`.
   """
   score = _SCORES.get(problem_type)
   if score is None:

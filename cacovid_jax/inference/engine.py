@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cacovid_jax import errors
+from cacovid_jax import config_limits, errors
 from cacovid_jax.compressors import base
 from cacovid_jax.data import letters, rewards
 from cacovid_jax.data import question as question_lib
@@ -51,7 +51,7 @@ class Settings:
         raise errors.UserError(
           f"evals.{field}={getattr(self, field)} must be at least 1"
         )
-    rewards.check_words(self.rouge)
+    config_limits.check({"rouge": self.rouge})
     letters.check_rule(self.rule)
 
 

@@ -28,14 +28,13 @@ class RolloutConfig:
   rouge: str = rewards.UNICODE  # See `rewards.reward`.
 
   def __post_init__(self):
-    rewards.check_words(self.rouge)
     if isinstance(self.reward, str) and self.reward not in REWARDS:
       raise errors.UserError(
         f"rollout.reward={self.reward!r}: choose one of {tuple(REWARDS)}, or"
         " name your own as path/to/file.py:name"
       )
     ranged = {"marking": self.marking, "max_new_tokens": self.max_new_tokens}
-    config_limits.check({"rollout": ranged})
+    config_limits.check({"rouge": self.rouge, "rollout": ranged})
     on_host = getattr(self.function, "on_host", False)
     if on_host and self.marking == "device":
       raise errors.UserError(

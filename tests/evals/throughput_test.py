@@ -22,13 +22,6 @@ from tests.evals.evaluator_test import policy_of
 METHODS = ("cacovid", "random", "fastv?layer=1")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def nine(tmp_path_factory):
   """Returns a folder of nine questions; the clip of the middle is broken."""

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -55,10 +54,7 @@ def make(tmp_path_factory):
     commands.run(compressor_table, workdir=workdir, **flags | changes)
     return workdir
 
-  # Compiling takes all of the time.
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield run
-  jax.config.update("jax_disable_most_optimizations", False)
+  return run
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,7 @@ def make(tmp_path_factory):
     commands.run(efficiency_table, **flags | changes)
     return folder / "table"
 
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield run
-  jax.config.update("jax_disable_most_optimizations", False)
+  return run
 
 
 @pytest.fixture(scope="module")

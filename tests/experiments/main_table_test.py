@@ -6,7 +6,6 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -94,10 +93,7 @@ def make(folder):
       commands.run(main_table, **flags | changes)
     return workdir
 
-  # Compiling takes all of the time.
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield run
-  jax.config.update("jax_disable_most_optimizations", False)
+  return run
 
 
 @pytest.fixture(scope="module")

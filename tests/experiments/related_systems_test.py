@@ -42,7 +42,7 @@ def test_unknown_systems_and_other_configs_are_one_line(tmp_path):
 @pytest.mark.parametrize(
   "given, told",
   [
-    ("hcq.batch=0", "config.hcq.batch is 0; it must be a whole number at least 1"),
+    ("hcq.batch=0", "config.hcq.batch is 0; it must be a whole number"),
     ("emcl.fit.lr=-1", "config.emcl.fit.lr is -1"),
     ("adaptok.mean_levels=(2, -4)", "config.adaptok.mean_levels"),
     ("clips.variant=denser", "config.clips.variant is 'denser'"),

@@ -26,13 +26,6 @@ from tests.experiments import commands
 SIZE = efficiency_table.SIZES["tiny"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
   """A prompt to weights of which every one matters, unlike those for times."""

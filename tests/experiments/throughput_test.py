@@ -2,19 +2,11 @@
 
 import json
 
-import jax
 import pytest
 
 from cacovid_jax import errors
 from experiments import throughput
 from tests.experiments import commands
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_tiny_evaluation_is_measured_and_goes_on(

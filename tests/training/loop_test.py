@@ -177,7 +177,6 @@ from tests.training import tiny
 
 folder, port, number = sys.argv[1:]
 folder = pathlib.Path(folder)
-jax.config.update("jax_disable_most_optimizations", True)
 config = tiny.config(**{
   "mesh.data": 2,
   "total_steps": 3,
