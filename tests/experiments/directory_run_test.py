@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tests
 from cacovid_jax import errors
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import readers
@@ -30,9 +31,7 @@ _CLIPS = {"train": (2, 6), "validation": (3,), "test": (1,)}
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
   monkeypatch.setattr(directory_run, "_CLIPS", _CLIPS)
-  # Of the commands: they compile for longer than they run.
-  monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+  monkeypatch.setenv("XLA_FLAGS", tests.xla_flags())
 
 
 def test_a_directory_is_trained_stopped_resumed_and_evaluated(tmp_path):

@@ -34,8 +34,6 @@ def test_its_short_form_ends_with_a_policy(notebook, tmp_path, monkeypatch):
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": tests.xla_flags(),
-    # Compiling takes longer than running.
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     # Otherwise a user's own start-up files would run as well.
     "IPYTHONDIR": str(tmp_path / "ipython"),
   }.items():

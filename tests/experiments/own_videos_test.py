@@ -75,7 +75,6 @@ def run(folder, words, *flags):
       "PYTHONPATH": str(ROOT),
       "JAX_PLATFORMS": "cpu",
       "XLA_FLAGS": tests.xla_flags(),
-      "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     },
     capture_output=True,
     text=True,

@@ -92,7 +92,6 @@ def command(folder, arguments):
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": tests.xla_flags(),
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
   }
   return subprocess.run(
     [sys.executable, *arguments, *overrides(folder)],

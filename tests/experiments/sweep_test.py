@@ -65,7 +65,6 @@ def finished(overrides, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PYTHONPATH", str(ROOT))
     patch.setenv("XLA_FLAGS", tests.xla_flags())
-    patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     # The second run compiles nothing that the first one did.
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(workdir.parent / "compiled"))
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -26,7 +26,6 @@ def command(*flags):
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": tests.xla_flags(),
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "JAX_LOG_COMPILES": "1",
   }
   return subprocess.run(
