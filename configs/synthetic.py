@@ -2,8 +2,8 @@ r"""CaCoVID on the embedded benchmark: `:size=quickstart` or `:size=small`.
 
 `quickstart`: two CPU cores, in minutes; `make quickstart` runs all of it, and
 `:debug` completes in one or two. 360 videos, a ninetieth of what `small` trains
-on. Ours, dense test, 600 questions, vanilla 99.2: 98.3 at 25 %, 97.2 at 10 %,
-87.0 at 5 % (seed 42, two CPU cores).
+on. Ours, dense test, 600 questions, vanilla 99.2: 98.5 at 25 %, 98.0 at 10 %,
+89.2 at 5 % (seed 42, two CPU cores).
 
 `small`: one GPU, more clips, more steps.
 
