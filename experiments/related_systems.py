@@ -10,7 +10,7 @@ is and what it may claim.
 WORKDIR/SYSTEM.md, SYSTEM.svg   a row per case and arm, over the seeds; the bars
 WORKDIR/results.json            all of it
 WORKDIR/SYSTEM.jsonl            every cell as it is measured
-WORKDIR/checkpoints/SYSTEM/     of what was trained
+WORKDIR/checkpoints/SYSTEM/     of what was trained, by the hash of its config
 
 Stopped and given again, it goes on where it was.
 """
@@ -60,21 +60,24 @@ def main(args):
   workdir = args.workdir or f"workdirs/related{'_smoke' * args.smoke}"
   workdir = pathlib.Path(workdir)
   clips = clips_lib.Clips(**config.clips)
-  out = {"host": provenance.host(), "systems": {}}
+  known = workdir / "results.json"
+  out = json.loads(known.read_text()) if known.exists() else {"systems": {}}
+  out["host"] = provenance.host()
   written = []
   for name in args.systems:
-    folder = workdir / "checkpoints" / name
-    module = importlib.import_module(f"cacovid_jax.related.{name}")
-    study = module.study(config[name], config.seeds, clips, folder)
     # Of one system, so that others may change or be added.
     parts = {part: config[part] for part in ("seeds", "clips", name)}
     run = {"config": config_lib.config_hash(ml_collections.ConfigDict(parts))}
+    # What other settings trained is not gone on from.
+    folder = workdir / "checkpoints" / name / run["config"]
+    module = importlib.import_module(f"cacovid_jax.related.{name}")
+    study = module.study(config[name], config.seeds, clips, folder)
     path, mend = workdir / f"{name}.jsonl", "or give another --workdir"
     with answer_log.AnswerLog(path, run, mend=mend) as rows:
       found = measure(name, study, rows)
     out["systems"][name] = write(workdir, name, study, found)
     written += [f"{name}.md", f"{name}.svg"]
-  files.write_json(workdir / "results.json", out)
+  files.write_json(known, out)
   reporting.files(workdir, [*written, "results.json"])
 
 

@@ -17,8 +17,8 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The programs of tests are small and many: compiling them costs more than they
 # do. Without most optimisations and with the plain code generator it takes a
-# fourth of the time. jaxlib after 0.10 has no such generator, and gains little:
-# there programs are compiled as a user's are, as where XLA_FLAGS is set, perhaps
+# fourth of the time. jaxlib after 0.10 has no such generator and gains little:
+# programs there are compiled as a user's, as where XLA_FLAGS is set, perhaps
 # to nothing.
 _PLAIN = (
   "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"

@@ -119,12 +119,15 @@ class FrameRule:
     return min(_FEWEST.get(self.name, self.num_frames), self.num_frames)
 
   def __call__(self, num_frames: int, duration: float) -> np.ndarray:
-    """Returns int64[T] indices, or fewer; none if the clip is too short."""
+    """Returns int64[T] indices, or fewer; none if the clip is too short,
+    or if its seconds are to be known and are not."""
     if self.name == EVAL_RULE:
       return eval_linspace(num_frames, self.num_frames)
     if self.name == RATE_RULE:
       fps = source_fps(num_frames, duration)
-      return linspace_at(num_frames, fps or 0.0, most=self.num_frames)
+      if fps is None:  # Of no known length.
+        return np.zeros(0, np.int64)
+      return linspace_at(num_frames, fps, most=self.num_frames)
     wanted = self.num_frames
     indices = train_linspace_1fps(num_frames, duration, wanted, self.fps)
     if self.fills and 0 < len(indices) < wanted:

@@ -123,7 +123,10 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
       shapes[clips.DEEP] = (self.model.num_deep, count, width)
     arrays = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
     record = frame_record.FrameRecord(video=path, fault=reason)
-    return clips.EncodedClip(record, grid, arrays)
+    # Prompts of some models tell the time of each temporal patch.
+    tells_time = self.model.processor.tells_time
+    apart = (0.0,) * grid[0] if tells_time else 1.0
+    return clips.EncodedClip(record, grid, arrays, apart)
 
   def _load_or_fault(self, path: str) -> features.Loaded:
     # A clip that could not be used when batches were made is not used later.

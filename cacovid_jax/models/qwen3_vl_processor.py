@@ -95,6 +95,8 @@ class Qwen3VLProcessor(processors.PatchProcessor):
     return num_frames * max(share, int(self.min_pixels * 1.05))
 
   def patch_tokens(self, num_frames):
+    # Clips of fewer are refused.
+    num_frames = max(num_frames, self.temporal_patch_size)
     held, area = self._held(num_frames), self.factor**2
     least = -(-self.min_pixels // (max(num_frames, held) * area))
     most = self._max_pixels(num_frames) // (min(num_frames, held) * area)

@@ -125,7 +125,7 @@ def _lengths(processor, fewest: int, most: int):
   """Yields (frames, frame tokens, tokens) of buckets, each for clips that are
   up to twice as long as those of the one before."""
   size = processor.temporal_patch_size
-  start = max(fewest, size)
+  start = min(max(fewest, size), most)
   while start <= most:
     end = min(2 * start, most)
     counts = range(start, end + 1)

@@ -186,9 +186,11 @@ class _Peers:
   def _end(self, line: str, code: int) -> None:
     """Ends the process without waiting for the others, as JAX would."""
     self._last.acquire()
-    hub.send(self._connection, ended=line)
-    terminal.tell(f"error: {line}", error=True)
-    for child in multiprocessing.active_children():
-      child.kill()
-    sys.stdout.flush()
-    os._exit(code)
+    try:
+      hub.send(self._connection, ended=line)
+      terminal.tell(f"error: {line}", error=True)
+      for child in multiprocessing.active_children():
+        child.kill()
+      sys.stdout.flush()
+    finally:  # Also where nobody reads what is told.
+      os._exit(code)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cacovid_jax import errors
 from cacovid_jax.compressors.math import similarity
 from cacovid_jax.related import fitting, quantisers, retrieval
 from cacovid_jax.related import study as study_lib
@@ -331,6 +332,11 @@ def _arms(module, settings, codes, seed, train_set, test, folder):
 
 def study(settings, seeds, clips, folder=None) -> study_lib.Study:
   """Returns the comparison with floats and with codes fitted afterwards."""
+  errors.check(
+    len(settings.codes) == len(settings.bounds),
+    f"hcq.codes has {len(settings.codes)} sizes and hcq.bounds"
+    f" {len(settings.bounds)}; give a bound, or None, for each",
+  )
 
   def of_planted(codes, seed):
     pairs = planted(seed, settings.train + settings.test)

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -134,7 +135,14 @@ class Cells(base.Compressor, name="quecc"):
     text = inputs.text.astype(jnp.float32)
     count = jnp.maximum(jnp.any(text != 0, axis=-1).sum(), 1)
     module = QueCC(side, self.width, self.heads, self.blind)
-    rows = module.apply({"params": params}, x, text.sum(axis=0) / count)
+    try:
+      rows = module.apply({"params": params}, x, text.sum(axis=0) / count)
+    except flax.errors.FlaxError as error:
+      raise errors.UserError(
+        f"quecc: the weights do not fit width={self.width}, heads={self.heads},"
+        f" blind={self.blind} and {side} x {side} tokens of {H} x {W} ones;"
+        " give what they were trained with"
+      ) from error
     number = np.arange(T * H * W).reshape(T, H, W, 1)
     parts, there = cells(jnp.asarray(number), side)
     parts, there = np.asarray(parts)[..., 0], np.asarray(there)

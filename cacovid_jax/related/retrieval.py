@@ -38,7 +38,7 @@ def ranks(scores) -> np.ndarray:
     raise ValueError(f"{num_queries} queries but {num_items} items")
   own = np.arange(num_queries)
   right = scores[own, own][:, None]
-  # NaN is ahead of nothing and behind everything.
+  # An own score of NaN is behind all others.
   return (~(scores < right)).sum(axis=1)
 
 

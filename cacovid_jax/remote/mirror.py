@@ -90,7 +90,7 @@ class Mirror:
     if (info := self.store.info(name)) is not None:
       found = self.store.list(name + _PARTS)
       self._read(name, info, found)
-      if len(found) > _MANY:
+      if sum(part.size > 0 for part in found.values()) > _MANY:
         self._roll_up(name)
 
   def publish(self, path: pathlib.Path) -> None:
@@ -228,8 +228,8 @@ class Mirror:
   def _roll_up(self, name: str) -> None:
     """Makes one object of a shared log's parts, unless another process does.
 
-    Others may append meanwhile: the first part's name is kept, and so is the
-    place where the log ends.
+    Others may append meanwhile: the names of parts stay taken, those of all but
+    the first by nothing, so that who has not read the last one is outrun.
     """
     lock = lock_lib.Lock(self.store, name)
     try:
@@ -240,14 +240,18 @@ class Mirror:
       info, found = self.store.info(name), self.store.list(name + _PARTS)
       if info is not None:
         self._read(name, info, found)
-      parts = _offsets(name, self._bases.get(name, ""), found)
+      parts = [
+        (start, part)
+        for start, part in _offsets(name, self._bases.get(name, ""), found)
+        if found[part].size
+      ]
       if len(parts) > 1:
         start, first = parts[0]
         data = (self.folder / name).read_bytes()
         lock.check(now=True)
         self.store.put(first, data[start:])
       for _, part in parts[1:]:
-        self.store.delete(part)
+        self.store.put(part, b"")
 
 
 def _offsets(name: str, base: str, found) -> list[tuple[int, str]]:

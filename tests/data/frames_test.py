@@ -74,6 +74,12 @@ class TrainRuleTest(absltest.TestCase):
           got = frames.train_linspace_1fps(num_frames, duration, 32, fps)
           self.assertEqual(got.tolist(), expected)
 
+  def test_a_rate_of_unknown_seconds_takes_no_frame(self):
+    rule = frames.FrameRule(8, frames.RATE_RULE)
+    for duration in (0.0, float("inf"), float("nan")):
+      self.assertEmpty(rule(100, duration))
+    self.assertLen(rule(100, 4.0), 8)
+
 
 class PixelsTest(absltest.TestCase):
   def test_frames_of_the_right_size_are_not_touched(self):

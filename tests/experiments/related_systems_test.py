@@ -24,6 +24,10 @@ def test_the_smallest_run_writes_a_table_and_a_picture_and_goes_on(tmp_path):
   before = (tmp_path / "infotok.jsonl").read_bytes()
   commands.run(related_systems, **flags)
   assert (tmp_path / "infotok.jsonl").read_bytes() == before
+  # Of one system alone, the others' results stay.
+  commands.run(related_systems, **flags | {"systems": "law"})
+  again = json.loads((tmp_path / "results.json").read_text())
+  assert again["systems"] == out["systems"]
 
 
 def test_unknown_systems_and_other_configs_are_one_line(tmp_path):
@@ -56,6 +60,17 @@ def test_settings_of_no_sense_are_one_line(given, told, tmp_path):
     commands.run(related_systems, **flags, **{f"config.{key}": value})
   assert told in str(caught.value) and "\n" not in str(caught.value)
   assert not list(tmp_path.iterdir())
+
+
+def test_each_size_of_codes_has_a_bound(tmp_path):
+  with pytest.raises(errors.UserError, match="has 1 sizes and hcq.bounds 2;"):
+    commands.run(
+      related_systems,
+      config=CONFIG,
+      workdir=tmp_path,
+      systems="hcq",
+      **{"config.hcq.bounds": "(0.1, None)"},
+    )
 
 
 def test_captions_that_are_missing_are_one_line():

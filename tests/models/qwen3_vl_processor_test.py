@@ -79,7 +79,7 @@ def test_frames_of_the_reference():
   assert (rule.num_frames, rule.fewest) == (64, 4)
   assert frames_lib.FrameRule(8).fewest == 8
   with pytest.raises(errors.UserError, match="give its rate, or a fixed"):
-    rule(100, 0.0)
+    frames_lib.linspace_at(100, 0.0)
 
 
 def test_limits_are_those_of_the_clips_own_file(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.data import frames
-from cacovid_jax.models import processors, token_grid
+from cacovid_jax.models import processors, qwen3_vl_processor, token_grid
 
 BUCKET = token_grid.GridBucket(5, 24, 75)
 GRIDS = [(4, 5, 3), (3, 4, 6), (5, 3, 5), (1, 1, 1)]
@@ -159,6 +159,15 @@ def test_shape_and_sizes_of_a_grid_inside_its_bucket():
   assert leaves == [np.int32] * 3
   assert grid.shape == (3, 4, 6)
   assert (grid.frame_tokens, grid.num_tokens) == (24, 72)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+@pytest.mark.parametrize("rule", frames.RULES)
+def test_a_few_frames_have_a_bucket_too(most, rule):
+  qwen3 = qwen3_vl_processor.Qwen3VLProcessor()
+  for processor in (processors.Qwen2_5VLProcessor(), qwen3):
+    made = token_grid.make_buckets((), processor, frames.FrameRule(most, rule))
+    assert [bucket.frames for bucket in made][-1] == -(-most // 2)
 
 
 def test_default_buckets_follow_from_the_pixels():

@@ -156,6 +156,10 @@ def test_a_budget_that_is_no_square_a_frame_is_one_line(tmp_path, num_keep):
 def test_cells_that_would_be_empty_and_missing_weights_are_one_line(tmp_path):
   with pytest.raises(errors.UserError, match="5 x 5 cells do not fit .* 7 x 7"):
     quecc.cells(jnp.zeros((1, 7, 7, 1)), 5)
+  own, inputs, _, _ = method(tmp_path)
+  for other, num_keep in ((own, 3), (own.with_options(width=8), 12)):
+    with pytest.raises(errors.UserError, match="weights do not fit width="):
+      other.select(inputs, num_keep=num_keep, params=own.load())
   with pytest.raises(errors.UserError, match="is trained: give"):
     compressors.get(NAME)
 

@@ -144,7 +144,8 @@ def test_processes_append_to_a_shared_log_and_lose_nothing(store):
     # Each in turn, then both at once; more than are left as single parts.
     for number in range(70):
       append((one, two)[number % 2], number)
-    assert len(object_store.names(store, "bucket/run/frames.jsonl.parts/")) < 70
+    parts = object_store.names(store, "bucket/run/frames.jsonl.parts/")
+    assert sum(object_store.read(store, part) != b"" for part in parts) < 70
     threads = [
       threading.Thread(
         target=lambda w=workdir, s=start: [append(w, s + n) for n in range(10)]
@@ -175,6 +176,39 @@ def test_the_slower_of_two_appends_again(store):
     files.shared(one / "x.jsonl", act)
     assert asked == [False, True]
     assert (one / "x.jsonl").read_bytes() == b"first\nsecond\n"
+
+
+def test_a_place_stays_taken_when_parts_are_made_one(store, monkeypatch):
+  monkeypatch.setattr(remote, "_MANY", 1)
+  with (
+    remote.mirrored(URL) as one,
+    remote.mirrored(URL) as two,
+    remote.mirrored(URL) as three,
+  ):
+
+    def append(workdir, line):
+      path = workdir / "x.jsonl"
+      files.shared(path, lambda: files.append(path, line))
+
+    append(one, b"head\n")
+    append(three, b"first\n")
+    asked = []
+
+    def act():
+      asked.append((two / "x.jsonl").read_bytes())
+      if len(asked) == 1:  # Behind its back a line comes, and parts go.
+        append(three, b"second\n")
+        files.shared(one / "x.jsonl", lambda: None)
+        parts = object_store.names(store, "bucket/run/x.jsonl.parts/")
+        sizes = [len(object_store.read(store, part)) for part in parts]
+        assert sorted(sizes) == [0, 13]
+      files.append(two / "x.jsonl", b"own\n")
+
+    files.shared(two / "x.jsonl", act)
+    whole = b"head\nfirst\nsecond\n"
+    assert asked == [b"head\nfirst\n", whole]
+    append(one, b"last\n")
+    assert (one / "x.jsonl").read_bytes() == whole + b"own\nlast\n"
 
 
 def test_another_process_sees_what_was_written_meanwhile(store):

@@ -118,6 +118,9 @@ def prepared(tmp_path_factory):
   config = build.BuildConfig(variant="dense", seed=0, clips=(2, 0, 2, 0))
   build.build(config, folder / "dense", num_workers=0)
   (folder / "dense" / "decisive.jsonl").unlink()
+  # Of the clips that are asked about, one cannot be read.
+  broken = folder / "dense" / "videos" / "dense_test_00001.mp4"
+  broken.write_bytes(b"no video")
   return folder
 
 
@@ -132,6 +135,7 @@ def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
       f"model.path={prepared / RELEASED[name]}",
       f"data.root={prepared / 'dense'}",
       "mesh.data=1",
+      "evals.num_questions=8",  # About both clips.
     ],
   )
   # The overrides name the folders of the form.
@@ -149,6 +153,7 @@ def test_the_debug_form_trains_and_evaluates(name, prepared, tmp_path):
     experiment_lib.Experiment.from_config(config, tmp_path)
   )
   assert set(out["methods"]) == {"cacovid", "divprune"}
+  assert len(out["unreadable"]) == 1
   # Of LLaVA-OneVision the paper's evaluator takes the tokenizer's template.
   own = chat_template_lib.read(
     prepared / RELEASED[name],
