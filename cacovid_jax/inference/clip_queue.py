@@ -124,7 +124,7 @@ class ClipQueue(features.FeatureStore, contextlib.AbstractContextManager):
     arrays = {k: np.zeros(shape, np.float32) for k, shape in shapes.items()}
     record = frame_record.FrameRecord(video=path, fault=reason)
     # Prompts of some models tell the time of each temporal patch.
-    tells_time = self.model.processor.tells_time
+    tells_time = self.reader.processor.tells_time
     apart = (0.0,) * grid[0] if tells_time else 1.0
     return clips.EncodedClip(record, grid, arrays, apart)
 
