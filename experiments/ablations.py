@@ -139,13 +139,15 @@ def main(args):
   if args.plan or not (args.row or args.rows):
     return
   files.check_writable(workdir / "table.md", "--workdir")
+  found = {}
   for wait in (False, True):  # At last for what others work on.
-    failed = {}
     for run in todo:
-      try:
-        perform(run, wait=wait)
-      except errors.UserError as error:
-        failed[run.folder] = errors.one_line(error)
+      if not wait or isinstance(found[run.folder], errors.TakenError):
+        try:
+          found[run.folder] = perform(run, wait=wait)
+        except errors.UserError as error:
+          found[run.folder] = error
+  failed = {at: errors.one_line(told) for at, told in found.items() if told}
   print(write_table(workdir, rows, recipes["ours"].evals.ratios, failed))
   told = f"{len(failed)} of {len(todo)} failed, see {workdir / 'table.md'}"
   errors.check(not failed, told)
@@ -356,8 +358,7 @@ def write_table(workdir, rows, ratios, failed) -> str:
     lines[row.part].append(cells)
     if row.part == PARTS[0] and (scores := _scores(known, shown)):
       points[name] = [100 * statistics.fmean(x) for x in scores.values()]
-  shares = [f"{float(key):.0%}" for key in keys]
-  head = ["row", "changes", "seeds", *_COLUMNS, *shares]
+  head = ["row", "changes", "seeds", *_COLUMNS, *map("{:.0%}".format, ratios)]
   numbers = range(2, len(head))
   texts = [tables.as_markdown(head, lines[part], numbers) for part in PARTS]
   texts += [f"failed: {folder}: {reason}" for folder, reason in failed.items()]
@@ -375,8 +376,7 @@ def _spread(values) -> str:
 
 def _scores(known, key) -> dict[int, list[float]]:
   """Returns the scores of each seed at a ratio."""
-  entries = known.items()
-  return {n: one["scores"][key] for n, one in entries if key in one["scores"]}
+  return {n: x["scores"][key] for n, x in known.items() if key in x["scores"]}
 
 
 def _accuracy(known, others, key) -> str:
