@@ -119,12 +119,13 @@ def test_batches_hold_clips_of_one_grid(finished):
 
 
 def test_lengths_of_prompts_count_what_is_not_video(
-  finished, request_of, checkpoint, tmp_path
+  finished, request_of, tmp_path
 ):
   _, out, lines = finished
-  questions = evaluation.load_benchmark(request_of(tmp_path)).questions
+  experiment = request_of(tmp_path)
+  questions = evaluation.load_benchmark(experiment).questions
   # Of a prompt with one video token, all others are not the video's.
-  encode = checkpoint.tokenizer.encode_prompt
+  encode = experiment.checkpoint.tokenizer.encode_prompt
   rest = {one.id: encode(one.prompt, 1).length - 1 for one in questions}
   usable = [line for line in lines if "fault" not in line]
   assert len(usable) < len(lines)
