@@ -47,6 +47,10 @@ class UserError(Exception):
   """A user's mistake; the message is one line naming the thing and the mend."""
 
 
+class TakenError(UserError):
+  """Another process is at work there, and is not waited for."""
+
+
 def run(main: Callable, parse: Callable[[Sequence[str]], Any]) -> None:
   """Runs a `main`; whatever ends it is one line.
 

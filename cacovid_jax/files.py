@@ -180,7 +180,8 @@ def claim(
   """Keeps others out who claim the same path; they need not be of this host.
 
   The file PATH.lock says who holds it, is removed at the end, and means nothing
-  without that process. Who does not `wait` for the holder is refused.
+  without that process. Who does not `wait` for the holder gets a
+  `TakenError`.
 
   Args:
     path: of a file, or of a role within a folder.
@@ -243,7 +244,7 @@ def _locked(path, refused: str, hint: str, *, wait: bool):
       holder = file.read(200).decode("utf-8", "replace")
       file.close()
       told = f" ({holder})" if holder else ""
-      raise errors.UserError(f"{refused}{told}; wait for it, {hint}") from None
+      raise errors.TakenError(f"{refused}{told}; wait for it, {hint}") from None
     except OSError as error:
       _tell_no_locks(path.parent, error.strerror)
     with contextlib.suppress(FileNotFoundError):

@@ -18,8 +18,8 @@ WORKDIR/table.md        all rows measured there: mean and standard deviation of
                         that both have: interval over clips, for these seeds
 WORKDIR/accuracy.svg    ablations at 5 %, or at the first ratio
 
-Given again, it goes on where it was, and so do several, side by side: what
-another one works on is left to the end, as is a second try at what failed.
+Given again, it goes on, and so do several side by side: what one works on, the
+others leave to the end. What failed is tried once a command.
 """
 
 import functools
@@ -115,8 +115,7 @@ def main(args):
   workdir, recipes = pathlib.Path(args.workdir), read_recipes(args)
   rows = make_rows(recipes, args.also, args.other_base)
   if unknown := [name for name in args.row if name not in rows]:
-    listed = ", ".join(rows)
-    raise errors.UserError(f"no row {unknown[0]!r}; --row is one of {listed}")
+    raise errors.UserError(f"no row {unknown[0]!r} among {', '.join(rows)}")
   _weights.cache_clear()  # Files change between commands.
   known = read_known(workdir)
   seeds = {seed for found in known.values() for seed in found}
@@ -139,13 +138,15 @@ def main(args):
   if args.plan or not (args.row or args.rows):
     return
   files.check_writable(workdir / "table.md", "--workdir")
+  found = {}
   for wait in (False, True):  # At last for what others work on.
-    failed = {}
     for run in todo:
-      try:
-        perform(run, wait=wait)
-      except errors.UserError as error:
-        failed[run.folder] = errors.one_line(error)
+      if not wait or isinstance(found[run.folder], errors.TakenError):
+        try:
+          found[run.folder] = perform(run, wait=wait)
+        except errors.UserError as error:
+          found[run.folder] = error
+  failed = {at: errors.one_line(told) for at, told in found.items() if told}
   print(write_table(workdir, rows, recipes["ours"].evals.ratios, failed))
   told = f"{len(failed)} of {len(todo)} failed, see {workdir / 'table.md'}"
   errors.check(not failed, told)
@@ -356,8 +357,8 @@ def write_table(workdir, rows, ratios, failed) -> str:
     lines[row.part].append(cells)
     if row.part == PARTS[0] and (scores := _scores(known, shown)):
       points[name] = [100 * statistics.fmean(x) for x in scores.values()]
-  shares = [f"{float(key):.0%}" for key in keys]
-  head = ["row", "changes", "seeds", *_COLUMNS, *shares]
+  head = ["row", "changes", "seeds", *_COLUMNS]
+  head += [f"{float(key):.0%}" for key in keys]
   numbers = range(2, len(head))
   texts = [tables.as_markdown(head, lines[part], numbers) for part in PARTS]
   texts += [f"failed: {folder}: {reason}" for folder, reason in failed.items()]
@@ -375,8 +376,7 @@ def _spread(values) -> str:
 
 def _scores(known, key) -> dict[int, list[float]]:
   """Returns the scores of each seed at a ratio."""
-  entries = known.items()
-  return {n: one["scores"][key] for n, one in entries if key in one["scores"]}
+  return {n: x["scores"][key] for n, x in known.items() if key in x["scores"]}
 
 
 def _accuracy(known, others, key) -> str:

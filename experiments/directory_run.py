@@ -105,6 +105,8 @@ class Ended(NamedTuple):
 
 def main(args) -> int:
   """Runs all stages; returns the exit code."""
+  # This process draws weights, its commands need the device's memory.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   errors.check(args.workdir, "no workdir given: add --workdir=FOLDER")
   errors.check(
     args.stop_after + 1 < args.steps,

@@ -159,11 +159,11 @@ def main(args):
     checkpoint = made_up.checkpoint(size.config(), size.dtype, weights)
     subject = made_up.subject(checkpoint, size.grid)
     out = measure(subject, name, methods, ratios, repeats, rows)
+    files.write_json(workdir / "results.json", out)
+    tables.write_efficiency(workdir, out)
+    terminal.tell(tables.efficiency_markdown(out))
     if args.stages:
       measure_stages(args, subject, peers, workdir, rows)
-  files.write_json(workdir / "results.json", out)
-  tables.write_efficiency(workdir, out)
-  terminal.tell(tables.efficiency_markdown(out))
   reporting.files(workdir, (*tables.EFFICIENCY_FILES, "results.json"))
 
 

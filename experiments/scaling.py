@@ -16,6 +16,7 @@ WORKDIR/rows.jsonl   every time as it is measured; given again, it goes on
 """
 
 import functools
+import math
 import pathlib
 
 from cacovid_jax import command, errors, files
@@ -68,6 +69,7 @@ def main(args):
 
   sizes = [(frames, 1) for frames in args.frames]
   sizes += [(args.frames[0], batch) for batch in args.batches]
+  sizes.sort(key=math.prod)  # The peak of memory is that of all so far.
   engines = {
     f"{f} x {b}": functools.partial(make, f, b) for f, b in dict.fromkeys(sizes)
   }

@@ -10,12 +10,14 @@ Letters: I iterations, G combinations, B videos.
 import collections
 import dataclasses
 import functools
+import gc
 import importlib
 import math
 import os
 import pathlib
 import types
 from collections.abc import Callable, Iterable, Mapping
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -282,7 +284,8 @@ def timed(engine, stage, ratio, repeats) -> dict[str, float]:
   each |= engine.facts | {"first_s": found.first_s}
   if stage == "load":
     each["limit_ms"] = timed(engine, "read", ratio, repeats)["ms"]
-  if stats := jax.devices()[0].memory_stats():
+  stats = jax.devices()[0].memory_stats()
+  if stats and engine.wait is jax.block_until_ready:  # Not of another library.
     each["peak_gib"] = stats["peak_bytes_in_use"] / 2**30
   return each
 
@@ -297,7 +300,8 @@ def measure(
   """
   out = []
   for name, make in engines.items():
-    make = functools.cache(make)  # One engine's weights at a time.
+    make = _at_most_once(make)  # One engine's weights at a time.
+    gc.collect()
     for stage, ratio in cells:
       row = {"engine": name, "stage": stage, "ratio": ratio, "status": "ok"}
       key = answer_log.Key(name, ratio, 0, stage)
@@ -306,10 +310,29 @@ def measure(
         row |= reporting.once(rows, key, run)
       except errors.UserError as error:
         row["status"] = errors.one_line(error)
+      except Exception as error:  # Of another library: all else is measured.
+        if name == OURS:
+          raise
+        row["status"] = f"{type(error).__name__}: {errors.one_line(error)}"
       if name == OURS and limit:
         row.setdefault("limit_ms", limit(stage, ratio))
       out.append(row)
   return out
+
+
+def _at_most_once(make: Callable[[], Any]) -> Callable[[], Any]:
+  """Returns `make`, which is called once, also if it fails."""
+  job = futures.Future()
+
+  def get():
+    if not job.done():
+      try:
+        job.set_result(make())
+      except Exception as error:
+        job.set_exception(error)
+    return job.result()
+
+  return get
 
 
 def cells(stages: Iterable[str], ratios: Iterable[float]):

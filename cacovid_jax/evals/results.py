@@ -100,6 +100,7 @@ def build(
     "vanilla": {
       **_counted(table, records, vanilla),
       "kept_tokens": number(table.num_video.mean()),
+      **_prompt_tokens(records),
     },
     **_rows(table, ledger, failures, vanilla),
     "frame_head": _frame_head(table, ledger, decisive, failures),
@@ -266,6 +267,18 @@ def _groups(pairs) -> dict[str, dict[str, Any]]:
   }
 
 
+def _prompt_tokens(records) -> dict[str, float]:
+  """Returns the mean length of whole prompts: what was kept, and the rest.
+
+  Of clips that can be used; nothing where an earlier version has answered.
+  """
+  usable = [record for record in records if not record.get("fault")]
+  if not usable or not all("beside_video" in record for record in usable):
+    return {}
+  lengths = [record["kept"] + record["beside_video"] for record in usable]
+  return {"prompt_tokens": number(np.mean(lengths))}
+
+
 def _cell(table, ledger, method, ratio, vanilla):
   """Returns (the cell of results.json, float64[Q] mean over seeds)."""
   _, *cells = methods_lib.conditions([method], [ratio], table.seeds)
@@ -288,6 +301,7 @@ def _cell(table, ledger, method, ratio, vanilla):
     "equivalent_ratio": number(np.mean(equivalent)),
     "status": "ok",
   }
+  out |= _prompt_tokens(records)
   kept = [record["kept"] for record in records]
   if len(set(kept)) > 1:  # Not all questions have as many.
     out["kept_tokens_p95"] = number(np.percentile(kept, 95))

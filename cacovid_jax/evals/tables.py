@@ -19,7 +19,7 @@ COMPRESSOR_COLUMNS = (
   "method", "ratio", "status", "minimum_ratio", "kept_tokens",
   "equivalent_ratio", "selection_ms", "rule_ms", "reads_ms", "accuracy",
   "ci_low", "ci_high", "vs_cacovid", "vs_low", "vs_high", "seeds", "forced",
-  "options", "note", "kept_tokens_p95",
+  "options", "note", "kept_tokens_p95", "prompt_tokens",
 )  # fmt: skip
 COMPRESSOR_FILES = ("table.md", "table.csv", "accuracy_over_time.svg")
 MAIN_COLUMNS = (

@@ -58,7 +58,7 @@ class BatchRunner:
   What several methods read (scores of a policy, attention of the whole prompt,
   the question's text) is computed when the first one looks at it. `faults` say
   by row why a clip cannot be used, `records` are those of the clips; `batch` is
-  a `prompt_batch.PromptBatch`.
+  a `prompt_batch.PromptBatch`, `lengths` int32[B] those of its prompts.
   Unless the engine waits, `check` tells of numbers that are not finite.
   """
 
@@ -89,6 +89,7 @@ class BatchRunner:
       if engine.checkpoint.model.num_deep:
         deep = self._of_clips(lambda clip: clip.deep, 1)
       self.batch = self._prompts(questions, features, deep)
+      self.lengths = self.batch.lengths
       follow(self.batch.x)
 
   def vanilla(self, want_attention: bool = False) -> programs_lib.Vanilla:

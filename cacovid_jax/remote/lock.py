@@ -47,14 +47,14 @@ class Lock:
     self._ended, self._alone = threading.Event(), threading.Lock()
 
   def take(self, refused: str, hint: str) -> None:
-    """Takes the lock, or raises a `UserError` that begins with `refused`."""
+    """Takes the lock, or raises a `TakenError` that begins with `refused`."""
     told = False
     while before := self._numbers():
       held, overdue = self._held(before[-1])
       if not held:
         break
       if not overdue:
-        raise errors.UserError(f"{refused} ({held}); wait for it, {hint}")
+        raise errors.TakenError(f"{refused} ({held}); wait for it, {hint}")
       if not told:
         logging.warning("%s (%s); waiting for that", refused, held)
         told = True
@@ -63,7 +63,7 @@ class Lock:
     self._number, self._seen = newest + 1, time.time()
     content = self._content(self._seen)
     if not self._store.create(self._name(self._number), content):
-      raise errors.UserError(
+      raise errors.TakenError(
         f"{refused} (it came first, just now); wait for it, {hint}"
       )
     for number in before:

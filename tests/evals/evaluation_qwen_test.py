@@ -118,6 +118,25 @@ def test_batches_hold_clips_of_one_grid(finished):
   ]
 
 
+def test_lengths_of_prompts_count_what_is_not_video(
+  finished, request_of, tmp_path
+):
+  _, out, lines = finished
+  experiment = request_of(tmp_path)
+  questions = evaluation.load_benchmark(experiment).questions
+  # Of a prompt with one video token, all others are not the video's.
+  encode = experiment.checkpoint.tokenizer.encode_prompt
+  rest = {one.id: encode(one.prompt, 1).length - 1 for one in questions}
+  usable = [line for line in lines if "fault" not in line]
+  assert len(usable) < len(lines)
+  for line in usable:
+    assert line["beside_video"] == rest[line["question"]]
+  whole = [
+    x["of"] + rest[x["question"]] for x in usable if x["kept"] == x["of"]
+  ]
+  assert out["vanilla"]["prompt_tokens"] == pytest.approx(np.mean(whole))
+
+
 @pytest.mark.parametrize("clip,grid", [("test2", SQUARE), ("test1", WIDE)])
 def test_answers_are_those_of_the_model_alone(
   finished, directory, data, clip, grid

@@ -90,6 +90,20 @@ def test_schema(answers):
   json.dumps(out, allow_nan=False)
 
 
+def test_whole_prompts_are_what_was_kept_and_the_rest(answers):
+  assert "prompt_tokens" not in built(answers)["vanilla"]  # Of before.
+  more = answer_log.AnswerLog(None, {})
+  for number, question in enumerate(QUESTIONS):
+    for key in list(answers):
+      if key.question == question.id:
+        facts = {"beside_video": 10 + number} if number else {"fault": "broken"}
+        more.add([(key, {**answers[key], **facts})])
+  out = built(more)
+  # Of three clips that can be used.
+  assert out["vanilla"]["prompt_tokens"] == 16 + 12
+  assert out["methods"]["cacovid"]["0.25"]["prompt_tokens"] == 4 + 12
+
+
 def test_what_was_counted_and_how_is_told(answers):
   left_out = {"bad_rows": [{"file": "f", "row": 2}]}
   out = built(answers, rule="lmms-0.7.3", left_out=left_out)

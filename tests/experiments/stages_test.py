@@ -1,6 +1,8 @@
 """Stages beside PyTorch engines: equal outputs, limits, tables, going on."""
 
+import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from cacovid_jax import errors
+from cacovid_jax.data import answer_log
 from cacovid_jax.evals import cost
 from cacovid_jax.models import checkpoints
 from configs import llava_onevision as training_config
@@ -154,6 +157,28 @@ def test_a_table_goes_on(subject, tmp_path, monkeypatch, capsys):
   commands.run(efficiency_table, **flags)
   again = json.loads((tmp_path / "stages.json").read_text())["stages"]
   assert again == rows
+
+
+def test_a_peer_that_fails_is_made_once_and_stops_no_other():
+  made = []
+
+  def fails(name):
+    made.append(name)
+    raise TypeError("no such\nargument")
+
+  peer = types.SimpleNamespace(
+    function=lambda *cell: (lambda: 0, None, 1), facts={}, wait=lambda x: x
+  )
+  engines = {name: functools.partial(fails, name) for name in ("twin", "other")}
+  engines |= {"last": lambda: peer}
+  cells = [("prefill", 1.0), ("prefill", 0.1)]
+  rows = answer_log.AnswerLog(None, {})
+  found = stages.measure(engines, cells, rows, 1)
+  assert made == ["twin", "other"]
+  told = "TypeError: no such argument"
+  assert [row["status"] for row in found] == [told] * 4 + ["ok"] * 2
+  with pytest.raises(TypeError):
+    stages.measure({stages.OURS: engines["twin"]}, cells, rows, 1)
 
 
 def test_what_does_not_fit_is_written_as_such(subject, tmp_path, monkeypatch):

@@ -93,8 +93,7 @@ class RequestAnswerer:
     tokenizer, replies = self.checkpoint.tokenizer, {}
     for row in rows:
       text, kept = records[row.id]["text"], records[row.id]["kept"]
-      # Of a prompt with one video token, all others are the text's.
-      around = tokenizer.encode_prompt(row.prompt, 1).length - 1
+      around = records[row.id].get("beside_video", 0)
       count = len(tokenizer.encode(text))
       replies[row.id] = Reply(text, around + kept, count)
     return replies
