@@ -201,3 +201,8 @@ def test_graded_rewards_by_hand():
 def test_mistakes_are_named(changes):
   with pytest.raises(errors.UserError, match="rollout"):
     rollout.RolloutConfig(**changes)
+
+
+def test_words_of_another_name_are_refused():
+  with pytest.raises(errors.UserError, match="rouge is 'ascii'; it must be"):
+    rollout.RolloutConfig(rouge="ascii")
