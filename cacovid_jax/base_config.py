@@ -123,13 +123,15 @@ _METHOD = dict(
   # are arrays of their own ("separate", which GPUs copy less of), or "stacked";
   # "auto" stacks them on CPU and where the weights are below 1 GB.
   # `outer_vision_tags`, of Qwen3-VL, keeps the marks around a whole clip in its
-  # prompts, as transformers does since 5.10; 4.57 did not.
+  # prompts, as transformers does since 5.10; 4.57 did not. `float8_tower`, of
+  # LLaVA-OneVision, multiplies in 8 bits: faster, and features change (docs).
   model=dict(
     path="",
     dtype="bfloat16",
     backend="auto",
     layers="auto",
     outer_vision_tags=False,
+    float8_tower=False,
   ),  # fmt: skip
 )
 

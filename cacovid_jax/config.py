@@ -48,8 +48,8 @@ _BEFORE = {"rouge": "public"}
 _NEW_GROUPS = ("blind", "prepare", "table", "tfds", "wandb")
 # Hashed where they are not the default: earlier versions did not have them.
 _NEW_KEYS = (
-  "data.max_replaced", "optimizer.average", "policy.budget_embedding",
-  "ratio.range",
+  "data.max_replaced", "model.float8_tower", "optimizer.average",
+  "policy.budget_embedding", "ratio.range",
 )  # fmt: skip
 
 

@@ -127,8 +127,9 @@ class Experiment:
       raise errors.UserError(
         f"{model.path}: no tokenizer.json; give a complete checkpoint directory"
       )
-    tagged = checkpoint.model.with_outer_vision_tags(model.outer_vision_tags)
-    return dataclasses.replace(checkpoint, model=tagged)
+    made = checkpoint.model.with_outer_vision_tags(model.outer_vision_tags)
+    made = made.with_float8_tower(model.float8_tower)
+    return dataclasses.replace(checkpoint, model=made)
 
   @functools.cached_property
   def checkpoint(self) -> checkpoints.Checkpoint:

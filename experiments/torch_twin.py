@@ -165,8 +165,12 @@ class Twin:
     self._norm, self._table = pick(_TEXT, ("norm", "embed_tokens"), weight)
     head = "language_model.lm_head.weight"
     self._head = tensors.get(head, self._table)
-    pooling = llava_onevision.pooling_matrix(config.vision.side)
-    self._pooling = torch.from_numpy(pooling).to(self.device, self._dtype)
+    taps = llava_onevision.pooling_taps(config.vision.side)
+    low, high, share = map(torch.from_numpy, taps)
+    pooling, rows = torch.zeros(len(low), config.vision.side), range(len(low))
+    pooling[rows, low] += 1 - share
+    pooling[rows, high] += share
+    self._pooling = pooling.to(self.device, self._dtype)
 
   def encode(self, pixels):
     """Returns features float[N, D] of pixels float[T, h, w, 3]."""

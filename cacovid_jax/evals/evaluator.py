@@ -14,7 +14,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
@@ -66,7 +65,7 @@ class Evaluator:
     engine, source = self.engine, self.engine.source
     found = {
       "checkpoint": engine.checkpoint.identity["sha256"],
-      "dtype": str(jnp.dtype(engine.checkpoint.model.dtype)),
+      "dtype": engine.checkpoint.model.precision,
       "policies": {name: p.identity for name, p in engine.policies.items()},
       "questions": self._digest(questions),
       "settings": engine.settings.identity,

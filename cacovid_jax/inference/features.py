@@ -259,11 +259,10 @@ class FeatureStore:
 
     `indices` are those of its frames, where they are not the rule's.
     """
-    dtype = jnp.dtype(self.model.dtype).name
     key = {
       "content": self.reader.content(path),
       **self.reader.described,
-      "model": f"{self.weights} {dtype} {self.model.backend}",
+      "model": f"{self.weights} {self.model.precision} {self.model.backend}",
       # Padding may move the last bit.
       "buckets": [dataclasses.astuple(bucket) for bucket in self.buckets],
     }

@@ -24,7 +24,9 @@ from cacovid_jax import config_limits
 
 STACKED, SEPARATE, FUSED = "stacked", "separate", "fused"
 STACKS = ("layers", "blocks")  # What models call their stacks.
-# Products of the same input, whose outputs lie side by side where fused.
+# Products of the same input, whose outputs lie side by side where fused. Not a
+# SigLIP tower's queries, keys and values, which its `out_proj` tells: to split
+# them is a pass of its own where no rotation reads them anyway.
 GROUPS = {
   "qkv_proj": ("q_proj", "k_proj", "v_proj"),
   "gate_up_proj": ("gate_proj", "up_proj"),
@@ -71,7 +73,7 @@ def fused(own):
   """Returns one layer's parameters with each whole one of `GROUPS` as one."""
   own = dict(own)
   for name, parts in GROUPS.items():
-    if own.keys() >= set(parts):
+    if own.keys() >= set(parts) and "out_proj" not in own:
       leaves = [own.pop(part) for part in parts]
       own[name] = jax.tree.map(lambda *x: jnp.concatenate(x, -1), *leaves)
   return own
@@ -95,8 +97,7 @@ def _ends(own, name):
   if name == "gate_up_proj":
     return [columns // 2]
   # What the queries give is what the attention's output product takes.
-  out = own["o_proj"] if "o_proj" in own else own["out_proj"]
-  queries = out["kernel"].shape[-2]
+  queries = own["o_proj"]["kernel"].shape[-2]
   return [queries, (queries + columns) // 2]
 
 
@@ -141,7 +142,8 @@ def place(path: str, number: int | None, form: str, shapes) -> Place:
   start = 0
   for name, parts in GROUPS.items() if form == FUSED else ():
     whole = [f"{stack}/{part}/{leaf}" for part in parts]
-    if module in parts and shapes.keys() >= set(whole):
+    split = f"{stack}/out_proj/kernel" in shapes
+    if module in parts and shapes.keys() >= set(whole) and not split:
       before = whole[: parts.index(module)]
       module, start = name, sum(shapes[one][-1] for one in before)
   return Place(f"{stack}/{number}/{module}/{leaf}", None, start)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax.models import (
+  float8,
   hf_config,
   placement,
   processors,
@@ -101,21 +102,18 @@ class LlavaOnevisionConfig:
     return -(-self.vision.side // 2)
 
 
-def pooling_matrix(size):
-  """Returns float32[ceil(size / 2), size], bilinear with half-pixel centres.
+def pooling_taps(size):
+  """Returns (low, high int[ceil(size / 2)], weight float32 of high).
 
-  Without a low-pass filter, which is what the released models learned with.
+  Of bilinear halving with half-pixel centres, without a low-pass filter, which
+  is what the released models learned with: the two places each output reads.
   """
   out_size = -(-size // 2)
   source = (np.arange(out_size) + 0.5) * (size / out_size) - 0.5
   source = np.maximum(source, 0.0)
   low = np.minimum(np.floor(source).astype(int), size - 1)
   high = np.minimum(low + 1, size - 1)
-  matrix = np.zeros((out_size, size))
-  rows = np.arange(out_size)
-  matrix[rows, low] += 1.0 - (source - low)
-  matrix[rows, high] += source - low
-  return matrix.astype(np.float32)
+  return low, high, (source - low).astype(np.float32)
 
 
 def pool(x):
@@ -125,10 +123,18 @@ def pool(x):
   """
   frames, patches, width = x.shape
   side = round(patches**0.5)
-  matrix = pooling_matrix(side)
-  grid = x.astype(jnp.float32).reshape(frames, side, side, width)
-  pooled = jnp.einsum("ph,fhwd,qw->fpqd", matrix, grid, matrix)
-  return pooled.reshape(frames, -1, width).astype(x.dtype)
+  low, high, weight = pooling_taps(side)
+  x_out = x.reshape(frames, side, side, width)
+  for axis in (1, 2):
+    shape = [1, 1, 1, 1]
+    shape[axis] = len(weight)
+    share = weight.reshape(shape)
+    low_rows, high_rows = (
+      jnp.take(x_out, places, axis=axis).astype(jnp.float32)
+      for places in (low, high)
+    )
+    x_out = low_rows * (1 - share) + high_rows * share
+  return x_out.reshape(frames, -1, width).astype(x.dtype)
 
 
 class Projector(nn.Module):
@@ -149,10 +155,14 @@ class Projector(nn.Module):
 class LlavaOnevision(qwen2.Part):
   """The modules of LLaVA-OneVision; `LlavaOnevisionModel` runs them."""
 
+  float8_tower: bool = False  # See `models.float8`.
+
   def setup(self):
     cfg, width = self.config, self.config.text.hidden_size
     kwargs = dict(dtype=self.dtype, backend=self.backend, remat=self.remat)
-    self.vision_tower = siglip.SiglipTower(cfg.vision, **kwargs)
+    self.vision_tower = siglip.SiglipTower(
+      cfg.vision, float8=self.float8_tower, **kwargs
+    )
     self.projector = Projector(width, cfg.projector_bias, self.dtype)
     init = nn.initializers.normal(width**-0.5)
     self.image_newline = self.param("image_newline", init, (width,))
@@ -191,12 +201,23 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
   """LLaVA-OneVision as a `VideoLLM`."""
 
   config: LlavaOnevisionConfig
+  float8_tower: bool = False  # See `models.float8`.
 
   num_newlines = 1
 
   @property
   def module(self):
-    return LlavaOnevision(self.config, self.dtype, self.backend, self.remat)
+    options = self.dtype, self.backend, self.remat, self.float8_tower
+    return LlavaOnevision(self.config, *options)
+
+  @property
+  def precision(self):
+    return super().precision + " float8 tower" * self.float8_tower
+
+  def with_float8_tower(self, wanted):
+    if wanted:
+      float8.check_device()
+    return dataclasses.replace(self, float8_tower=wanted)
 
   @property
   def processor(self):

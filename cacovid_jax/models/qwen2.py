@@ -147,11 +147,12 @@ class Cache(NamedTuple):
 
 
 def with_room(cache: Cache, new_rows: int) -> Cache:
-  """Returns the cache with room for more tokens."""
+  """Returns the cache with room for more tokens; below 0, with less room."""
 
   def pad(x):
-    room = [(0, new_rows), (0, 0), (0, 0)]
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 3) + room)
+    room = [(0, new_rows, 0), (0, 0, 0), (0, 0, 0)]
+    room = [(0, 0, 0)] * (x.ndim - 3) + room
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), room)
 
   return Cache(*jax.tree.map(pad, cache[:2]), cache.lengths)
 
@@ -320,8 +321,13 @@ class Qwen2(Part):
     table = self.embed_tokens if tied else self.lm_head
     table = table.astype(self.dtype)
     # Accumulated and kept in float32: half precision ties the top tokens.
-    return jnp.einsum(
-      "...D,VD->...V", hidden, table, preferred_element_type=jnp.float32
+    product = functools.partial(
+      jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32
+    )
+    if hidden.size > hidden.shape[-1]:
+      return product(hidden, table)
+    return jax.lax.platform_dependent(
+      hidden, table, cuda=logits_of_one_row, default=product
     )
 
   def __call__(
@@ -364,6 +370,17 @@ class Qwen2(Part):
     for name in out.keys() - {"keys", "values"}:
       out[name] = layers_lib.joined(out[name])
     return self.norm(x), out
+
+
+def logits_of_one_row(hidden, table):
+  """Returns float32[..., V] of ONE hidden float[..., D], table float[V, D].
+
+  By a sum, not by a product: for one row, XLA writes the whole table out in
+  float32 on a GPU, and reads it again.
+  """
+  row = hidden.reshape(1, -1).astype(jnp.float32)
+  found = (table.astype(jnp.float32) * row).sum(axis=-1)
+  return found.reshape(*hidden.shape[:-1], -1)
 
 
 def decoder_rows(config, source, lm_head):

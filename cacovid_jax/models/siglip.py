@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.models import attention, hf_config, qwen2, video_llm
+from cacovid_jax.models import attention, float8, hf_config, qwen2, video_llm
 from cacovid_jax.models import layers as layers_lib
 
 _FIXED = dict(
@@ -127,6 +127,14 @@ class LayerNorm(nn.Module):
 class SiglipLayer(qwen2.Part):
   """Pre-norm transformer block, bidirectional."""
 
+  float8: bool = False  # Whether products are those of `models.float8`.
+
+  @nn.nowrap
+  def dense(self, size, name, use_bias):
+    options = dict(use_bias=use_bias, dtype=self.dtype, name=name)
+    product = float8.dot_general if self.float8 else None
+    return nn.Dense(size, dot_general=product, **options)
+
   @nn.compact
   def __call__(self, x, signals, is_last):
     """Returns (float[F, P, D], signals) of x float[F, P, D].
@@ -160,6 +168,8 @@ class SiglipTower(qwen2.Part):
   Without `post_layernorm`: LLaVA-OneVision reads what comes *before* it.
   """
 
+  float8: bool = False  # Of the blocks, see `SiglipLayer`.
+
   @nn.compact
   def __call__(self, pixels, signals=()):
     """Returns (hidden float[F, P, D], out) of normalised float[F, h, w, 3].
@@ -182,7 +192,9 @@ class SiglipTower(qwen2.Part):
     def block(layer, carry, kind):
       return layer(*carry, *kind), None
 
-    layers = SiglipLayer(cfg, self.dtype, self.backend, name="layers")
+    layers = SiglipLayer(
+      cfg, self.dtype, self.backend, float8=self.float8, name="layers"
+    )
     is_last = np.arange(cfg.num_layers) == cfg.num_layers - 1
     (x, signals), _ = layers_lib.apply(
       block, layers, (x, signals), (is_last,), self.remat

@@ -7,6 +7,7 @@ feature maps.
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
+from cacovid_jax.models import attention, qwen2
 from cacovid_jax.models import layers as layers_lib
-from cacovid_jax.models import qwen2
 
 # What a vision tower can tell besides features, float32 on the token grid, of
 # its last layer, mean over heads. "vision_attention" [N]: attention that a
@@ -98,6 +99,11 @@ class VideoLLM(abc.ABC):
   num_newlines = 0
 
   @property
+  def precision(self) -> str:
+    """What features and answers depend on, of how numbers are rounded."""
+    return jnp.dtype(self.dtype).name
+
+  @property
   def num_position_rows(self):
     """P of every `positions` argument: 1, or 3 for time, row and column."""
     sections = self.config.text.rope_sections
@@ -171,6 +177,18 @@ class VideoLLM(abc.ABC):
     )
     return self
 
+  def with_float8_tower(self, wanted: bool) -> "VideoLLM":
+    """Returns the model whose tower multiplies in 8 bits (`models.float8`).
+
+    SigLIP's alone, where the device can.
+    """
+    errors.check(
+      not wanted,
+      "model.float8_tower is for the SigLIP tower of LLaVA-OneVision; leave it"
+      " out",
+    )
+    return self
+
   def encode_prompt(self, tokenizer, text, grid, second_per_grid_t=None):
     """Returns the `data.tokenizer.Prompt` of a question about a video.
 
@@ -213,25 +231,31 @@ class VideoLLM(abc.ABC):
     """Returns (logits, cache, out) after reading the prompts.
 
     Of embeddings float[B, L, D], right padded to `lengths` int32[B], at least
-    1, at positions int32[B, P, L]. The cache has room for `cache_length` rows,
-    static, at least L; `options` are as of `forward`, `mask` and `causal`
-    apart. The logits float32[B, V] are those behind each last valid token.
+    1, at positions int32[B, P, L]. The cache has L rows, or more if
+    `cache_length`, static, is more: these, and perhaps a few that no token
+    needs. `options` are as of `forward`, `mask` and `causal` apart. The logits
+    float32[B, V] are those behind each last valid token.
 
     Rows read before, `earlier` of `qwen2.Qwen2.__call__`, are no part of x and
     positions, but of `lengths`, of L and of the cache.
     """
     before = 0 if earlier is None else earlier[0].shape[2]
-    rows = before + x.shape[1]
+    count, rows = x.shape[1], before + x.shape[1]
     if cache_length < rows:
       raise ValueError(
         f"cache_length {cache_length} is below the {rows} prompt rows"
       )
+    padded = functools.partial(attention.padded_rows, backend=self.backend)
+    more = padded(count, len(x), before) - count
     hidden, out = self.forward(
-      params, x, positions, lengths=lengths, want_cache=True, earlier=earlier,
-      **options,
+      params, jnp.pad(x, [(0, 0), (0, more), (0, 0)]),
+      jnp.pad(positions, [(0, 0), (0, 0), (0, more)]), lengths=lengths,
+      want_cache=True, earlier=earlier, **options,
     )  # fmt: skip
     cache = qwen2.Cache(out.pop("keys"), out.pop("values"), lengths)
-    cache = qwen2.with_room(cache, cache_length - rows)
+    room = cache_length if cache_length == rows else padded(cache_length)
+    cache = qwen2.with_room(cache, room - rows - more)
+    out = {k: v[:, :, : v.shape[2] - more] for k, v in out.items()}
     last = (lengths - 1 - before)[:, None, None]
     last = jnp.take_along_axis(hidden, last, axis=1)
     return self.logits(params, last[:, 0]), cache, out

@@ -209,13 +209,15 @@ def compiler_options(kind: str, platform: str) -> dict[str, Any]:
 
   Kinds are "tower", "prefill" (with what decodes behind it), "training" and,
   without options, "". On a GPU, XLA's own Triton products lose to cuBLAS where
-  there are many rows; the policy is faster with them.
+  there are many rows; the policy is faster with them. Products of a tower that
+  read the same rows stay apart: merged, their outputs are split by a pass more.
   """
   if kind not in ("", "tower", "prefill", "training"):
     raise ValueError(f"there are no programs of kind {kind!r}")
-  if kind and platform == "gpu":
-    return {"xla_gpu_enable_triton_gemm": False}
-  return {}
+  if not kind or platform != "gpu":
+    return {}
+  apart = {"xla_gpu_dot_merger_threshold_mb": 0} if kind == "tower" else {}
+  return {"xla_gpu_enable_triton_gemm": False} | apart
 
 
 def jit(function: Callable, kind: str = "", **options):

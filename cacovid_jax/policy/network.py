@@ -28,8 +28,8 @@ import numpy as np
 from flax import traverse_util
 
 from cacovid_jax import errors
+from cacovid_jax.models import attention, placement, qwen2, token_grid
 from cacovid_jax.models import layers as layers_lib
-from cacovid_jax.models import placement, qwen2, token_grid
 
 _HEADS = ("token_compress", "frame_compress", "mode_selection")
 _PUBLIC = "compression_policy"
@@ -176,12 +176,18 @@ class Policy(nn.Module):
   def _encode(self, x, positions, length):
     """Returns float[L, D], the layer's output, without a causal mask."""
     cfg, llm = self.config, self.config.llm
+    count = len(x)
+    more = attention.padded_rows(count, backend=cfg.backend) - count
+    if more:  # As the base model reads prompts.
+      x = jnp.pad(x, [(0, more), (0, 0)])
+      positions = jnp.pad(positions, [(0, 0), (0, more)])
+      length = count if length is None else length
     cos, sin = qwen2.angles(llm, positions[None])
     lengths = None if length is None else jnp.reshape(length, (1,))
     h, _ = self.layer(
       x.astype(cfg.dtype)[None], cos, sin, causal=False, lengths=lengths
     )
-    return h[0]
+    return h[0, :count]
 
   def initialise(self):
     """Touches every parameter; only initialisation calls it."""

@@ -40,7 +40,7 @@ class Model:
   """Features are the mean colours of four frames; counts its runs."""
 
   config = types.SimpleNamespace(text=types.SimpleNamespace(hidden_size=3))
-  dtype, backend, num_deep = jnp.float32, "auto", 0
+  precision, backend, num_deep = "float32", "auto", 0
 
   def __init__(self, scale=1.0):
     self.traced, self.scale, self.observed = 0, scale, []

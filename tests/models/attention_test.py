@@ -182,6 +182,18 @@ class OneQueryTest(absltest.TestCase):
     expected = _loop(q, k, v, lambda b, t, s: s < lengths[b] or s == 7)
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
+  def test_in_a_cache_reads_valid_rows_and_own_heads_alone(self):
+    q, k, v = _inputs(queries=1, keys=8)
+    lengths = np.array([3, 8])
+    out = attention.attention_in_cache(q, k, v, lengths)
+    expected = _loop(q, k, v, lambda b, t, s: s < lengths[b])
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    # What another head or a row behind the length has is never seen.
+    other = v.copy()
+    other[0, 3:], other[:, :, 1] = 1e30, 1e30
+    found = attention.attention_in_cache(q, k, other, lengths)
+    np.testing.assert_array_equal(found[:, :, :2], out[:, :, :2])
+
   def test_attention_of_the_last_query_is_the_softmax_row(self):
     q, k, _ = _inputs()
     lengths = np.array([4, 6])

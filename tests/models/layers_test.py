@@ -12,6 +12,7 @@ import pytest
 
 from cacovid_jax import compressors
 from cacovid_jax.models import (
+  attention,
   checkpoints,
   generation,
   layers,
@@ -210,3 +211,55 @@ def test_auto_is_separate_for_large_weights_on_accelerators():
   assert layers.choose("stacked", 2e9, "gpu") == layers.STACKED
   with pytest.raises(ValueError, match="'fused' is not one of auto"):
     layers.choose("fused", 2e9, "gpu")
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_rows_that_a_gpu_wants_change_no_answer(kind, monkeypatch):
+  model, params, inputs = case(kind)
+  features = model.encode(params, inputs).features
+  x, lengths = jnp.stack([features[:11], features[-11:]]), jnp.array([11, 7])
+  where = jnp.broadcast_to(jnp.arange(11), (2, model.num_position_rows, 11))
+
+  def answers(params, x):
+    options = dict(want_hidden=True, want_attention=True)
+    logits, cache, out = model.prefill(
+      params, x, where, lengths, cache_length=11 + NEW - 1, **options
+    )
+    ids = generation.greedy(
+      model, params, x, where, lengths, lengths, max_new_tokens=NEW,
+      eos_ids=(0,), pad_id=0,
+    )  # fmt: skip
+    front = x[:, :3], where[:, :, :3], jnp.array([3, 3])
+    _, first, _ = model.prefill(params, *front, cache_length=3)
+    keys = layers.joined(first.keys), layers.joined(first.values)
+    behind, _, _ = model.prefill(
+      params, x[:, 3:], where[:, :, 3:], lengths, cache_length=11, earlier=keys
+    )
+    return (logits, out, keys, behind), ids, layers.joined(cache.keys)
+
+  plain, ids, keys = jax.jit(answers)(params, x)
+  real = attention.padded_rows
+  assert real(11) == 11
+  monkeypatch.setattr(
+    attention,
+    "padded_rows",
+    lambda *args, backend: real(*args, backend="cudnn"),
+  )
+  padded, padded_ids, more_keys = jax.jit(lambda *x: answers(*x))(params, x)
+  np.testing.assert_array_equal(padded_ids, ids)
+  assert (keys.shape[2], more_keys.shape[2]) == (15, 16)
+  for a, b in zip(*map(jax.tree.leaves, (plain, padded)), strict=True):
+    assert a.shape == b.shape
+    valid = a.shape[:3] == (len(keys), 2, 11)
+    a, b = (x[:, 0] if valid else x for x in (a, b))
+    np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
+
+
+def test_rows_that_a_gpu_wants():
+  wanted = functools.partial(attention.padded_rows, backend="cudnn")
+  assert [wanted(n) for n in (1, 8, 703, 1644)] == [8, 8, 704, 1648]
+  # Of several prompts, even ones whose rows together are multiples of eight.
+  assert [wanted(203, n) for n in (2, 4, 8, 32)] == [204, 204, 204, 204]
+  assert wanted(100, 32, before=3) == 101  # Keys are even, not these rows.
+  assert wanted(100, 1, before=3) == 104  # Products count more.
+  assert attention.padded_rows(703, backend="xla") == 703

@@ -175,6 +175,20 @@ class Qwen2Test(parameterized.TestCase):
     logits = jax.eval_shape(head, _params(), hidden)
     self.assertEqual(logits.dtype, jnp.float32)
 
+  def test_logits_of_one_row_are_a_sum_on_a_gpu(self):
+    model, hidden = qwen2.Qwen2(CONFIG, jnp.bfloat16), _inputs()[0][:1, 0]
+    hidden = hidden.astype(jnp.bfloat16)
+    table = _params()["params"]["lm_head"].astype(jnp.bfloat16)
+    found = qwen2.logits_of_one_row(hidden, table)
+    expected = np.float64(hidden) @ np.float64(table).T
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    head = jax.jit(functools.partial(model.apply, method="logits"))
+    for platform, rows in (("cuda", 1), ("cuda", 2), ("cpu", 1)):
+      x = jnp.repeat(hidden, rows, axis=0)
+      lowered = head.trace(_params(), x).lower(lowering_platforms=(platform,))
+      by_product = "dot_general" in lowered.as_text()
+      self.assertEqual(by_product, (platform, rows) != ("cuda", 1))
+
 
 class RMSNormTest(absltest.TestCase):
   def test_scale_multiplies_the_rounded_value(self):

@@ -77,8 +77,9 @@ def test_put_splits_over_data():
 
 def test_programs_are_compiled_with_the_options_of_their_kind(monkeypatch):
   told = {"xla_gpu_enable_triton_gemm": False}
-  for kind in ("tower", "prefill", "training"):
-    assert mesh_lib.compiler_options(kind, "gpu") == told
+  apart = {"xla_gpu_dot_merger_threshold_mb": 0}
+  for kind, more in (("tower", apart), ("prefill", {}), ("training", {})):
+    assert mesh_lib.compiler_options(kind, "gpu") == told | more
     assert not mesh_lib.compiler_options(kind, "cpu")
   assert not mesh_lib.compiler_options("", "gpu")
   with pytest.raises(ValueError, match="kind 'other'"):
