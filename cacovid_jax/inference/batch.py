@@ -181,7 +181,7 @@ class BatchRunner:
     ]
 
   def beside_video(self, trace=None) -> list[int]:
-    """Returns how much text each prompt has, for the tokens of a trace."""
+    """Returns the rows of text of each prompt, whole or as a trace leaves it."""
     count = np.asarray(self.lengths) - self.num_video
     if self._frames is not None and trace is not None:
       each = math.prod(self._shape[1:])

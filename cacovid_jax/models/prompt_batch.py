@@ -255,6 +255,7 @@ def take(prompts: PrunedPrompts, kept, count, *, num_video):
   def one(prompt, kept, count):
     taken, pruned = prune(prompt, kept, count)
     if prompt.frames is not None:
+      # The mark behind the last patch may have gone.
       behind = taken >= prompt.lengths - prompt.num_after
       behind &= jnp.arange(len(taken)) < pruned.lengths
       pruned = pruned._replace(num_after=behind.sum(dtype=jnp.int32))
