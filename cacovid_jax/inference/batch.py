@@ -181,7 +181,7 @@ class BatchRunner:
     ]
 
   def beside_video(self, trace=None) -> list[int]:
-    """Returns the rows of text of each prompt, whole or as a trace leaves it."""
+    """Returns the rows of text of each prompt, whole or as a trace leaves."""
     count = np.asarray(self.lengths) - self.num_video
     if self._frames is not None and trace is not None:
       each = math.prod(self._shape[1:])
