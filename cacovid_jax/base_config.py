@@ -257,6 +257,9 @@ _EVALS = dict(
   # Chat template: "processor" or "tokenizer"; empty is the checkpoint's
   # default, the processor's where there is one.
   template="",
+  # Of Qwen3-VL: whether the time and marks of a temporal patch stay in the
+  # prompt where no token of it is kept: "keep", or "drop" them.
+  empty_frames="keep",
   on_bad_row="raise",  # Or "skip", to leave unfit rows out and list them.
   # Clips that are not there: "raise" before anything is asked, or "count"
   # to count their questions as wrong and list them.

@@ -110,6 +110,7 @@ _LIMITS = (
   (schema.one_of(*FRAME_RULES), "data.frame_rule"),
   (schema.one_of(*EVAL_RULES), "evals.frame_rule"),
   (schema.one_of("", "processor", "tokenizer"), "evals.template"),
+  (schema.one_of("keep", "drop"), "evals.empty_frames"),
   (schema.one_of("validation", "none"), "evals.select_on"),
   (schema.one_of("raise", "count"), "evals.on_missing"),
   (

@@ -208,6 +208,7 @@ def _first_rows(rows, size):
     index=rows.index[:, :size],
     row=rows.row[:, :size],
     deep=None if rows.deep is None else rows.deep[:, :, :size],
+    frames=None if rows.frames is None else rows.frames[:, :out_length],
   )
 
 

@@ -301,6 +301,7 @@ def settings(experiment: experiment_lib.Experiment) -> engine_lib.Settings:
     max_new_tokens=evals.max_new_tokens or task.max_new_tokens,
     rule=evals.rule or task.rule,
     rouge=experiment.config.rouge,
+    empty_frames=evals.empty_frames,
   )
 
 

@@ -274,9 +274,9 @@ class Evaluator:
     count, rows = batch.num_video, range(len(questions))
     facts = [{"kept": count, "of": count} for _ in rows]
     usable = [row for row in rows if row not in batch.faults]
-    lengths = np.asarray(batch.lengths).tolist()
+    beside = batch.beside_video(trace)
     for row in usable:
-      facts[row]["beside_video"] = lengths[row] - count
+      facts[row]["beside_video"] = beside[row]
     if condition.method is None:
       for row in usable:
         record = batch.records[row]

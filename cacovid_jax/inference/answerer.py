@@ -139,8 +139,9 @@ class Answerer(contextlib.ExitStack):
     self.experiment, self._limits, self._sources = experiment, limits, {}
     num_tokens = config.evals.max_new_tokens or _MAX_NEW_TOKENS
     self.settings = engine_lib.Settings(
-      config.data.num_frames, 1, num_tokens, config.evals.rule or letters.OWN
-    )
+      config.data.num_frames, 1, num_tokens, config.evals.rule or letters.OWN,
+      empty_frames=config.evals.empty_frames,
+    )  # fmt: skip
     self._call = decode_workers.WAYS[config.data.decode]
     self.checkpoint = experiment.checkpoint
     self.policies = experiment.policies

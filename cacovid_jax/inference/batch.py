@@ -5,6 +5,7 @@ or continuation.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -89,7 +90,7 @@ class BatchRunner:
       if engine.checkpoint.model.num_deep:
         deep = self._of_clips(lambda clip: clip.deep, 1)
       self.batch = self._prompts(questions, features, deep)
-      self.lengths = self.batch.lengths
+      self.lengths, self._frames = self.batch.lengths, self.batch.frames
       follow(self.batch.x)
 
   def vanilla(self, want_attention: bool = False) -> programs_lib.Vanilla:
@@ -178,6 +179,18 @@ class BatchRunner:
       KeptTokens(index[row][mask[row]], tokens[row], frames[row])
       for row in range(len(self._questions))
     ]
+
+  def beside_video(self, trace=None) -> list[int]:
+    """Returns the rows of text of each prompt, whole or as a trace leaves."""
+    count = np.asarray(self.lengths) - self.num_video
+    if self._frames is not None and trace is not None:
+      each = math.prod(self._shape[1:])
+      index, mask = np.asarray(trace.index), np.asarray(trace.mask)
+      for row, frames in enumerate(np.asarray(self._frames)):
+        text = np.bincount(frames[frames >= 0]) - each
+        text[index[row][mask[row]] // each] = 0
+        count[row] -= text.sum()
+    return count.tolist()
 
   def likelihood(
     self, condition, continuations: Sequence[Sequence[list[int]]], size: int

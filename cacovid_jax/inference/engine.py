@@ -37,13 +37,18 @@ class Settings:
   max_new_tokens: int = 16
   rule: str = "paper"  # How letters are taken from answers, see `data.letters`.
   rouge: str = rewards.UNICODE  # Of free-form answers; see `data.rewards`.
+  empty_frames: str = "keep"  # See `config.evals`; or "drop".
 
   @property
   def identity(self) -> dict[str, Any]:
     """As answer logs have it; names here do not follow those of attributes."""
     names = "num_frames", "batch_size", "max_new_tokens", "rule"
     values = self.num_frames, self.batch_size, self.max_new_tokens, self.rule
-    return dict(zip(names, values, strict=True))
+    found = dict(zip(names, values, strict=True))
+    # Logs of earlier versions, which kept them, do not say so.
+    if self.empty_frames != "keep":
+      found["empty_frames"] = self.empty_frames
+    return found
 
   def __post_init__(self):
     for field in ("num_frames", "batch_size", "max_new_tokens"):
@@ -51,7 +56,8 @@ class Settings:
         raise errors.UserError(
           f"evals.{field}={getattr(self, field)} must be at least 1"
         )
-    config_limits.check({"rouge": self.rouge})
+    frames = {"empty_frames": self.empty_frames}
+    config_limits.check({"rouge": self.rouge, "evals": frames})
     letters.check_rule(self.rule)
 
 
@@ -126,6 +132,7 @@ class Engine:
       self.checkpoint, self.questions, grid_of=self.grid_of,
       num_video=max((bucket.tokens for bucket in buckets), default=0),
       more_follow=self.more_follow, others=self.others,
+      drop_empty_frames=self.settings.empty_frames == "drop",
     )  # fmt: skip
     for question in every:
       tokens, grid = self.decisive.get(question.id), self.grid_of(question)

@@ -43,6 +43,8 @@ class Prompts:
   # those that pad these ones least.
   more_follow: bool = False
   others: Sequence[question_lib.Question] = ()  # Further questions.
+  # Whether text of a temporal patch goes where none of its tokens is kept.
+  drop_empty_frames: bool = False
 
   def __post_init__(self):
     self._model = self.checkpoint.model
@@ -63,7 +65,9 @@ class Prompts:
       spans.append(end - start)
     longest = max(self.text_rows, key=self.text_rows.get, default="")
     for grid in sorted(set(grids.values())):
-      self.prompt(longest, grid)
+      prompt = self.prompt(longest, grid)
+      if self.drop_empty_frames:  # Refused before anything is computed.
+        self._model.frame_rows(self.tokenizer, prompt, grid)
     most = self.text_rows.get(longest, 1)
     if self.more_follow:
       self._question_rows = None  # Q is the text's length.
@@ -131,7 +135,18 @@ class Prompts:
       features=features,
       ids=ids,
       text_rows=jnp.asarray(text_rows),
+      frames=self._frames(prompts, grid, apart, length),
     )
+
+  def _frames(self, prompts, grid, seconds, length: int):
+    """Returns int32[B, L], `frames` of a `prompt_batch.PromptBatch`."""
+    if not self.drop_empty_frames:
+      return None
+    found = np.full((len(prompts), length), -1, np.int32)
+    for row, prompt, one in zip(found, prompts, seconds, strict=True):
+      given = self.tokenizer, prompt, grid, one
+      row[: prompt.length] = self._model.frame_rows(*given)
+    return jnp.asarray(found)
 
 
 def question_span(prompt: tokenizer_lib.Prompt, tokenizer) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Prompts about videos on the device, whole or pruned of video tokens.
 
 Text may stand between a video's temporal patches. Dropping tokens removes their
-rows; text rows stay, and every row keeps its position of the whole prompt.
+rows, and text rows stay, unless `frames` tells that they are of a patch which
+keeps no token. Every row keeps its position of the whole prompt.
 
 Axes: B batch, L rows of a whole prompt, R rows of a pruned one, D width, N
 video tokens, n of them left, K kept next, P position rows, S auxiliary feature
@@ -79,7 +80,7 @@ class PromptBuckets:
 class PromptBatch(NamedTuple):
   """B whole prompts, right padded (or ONE, without the leading axis).
 
-  The last three are None where nothing reads them.
+  The last four are None where nothing reads them.
   """
 
   x: jax.Array  # float[B, L, D] embeddings.
@@ -92,6 +93,9 @@ class PromptBatch(NamedTuple):
   features: jax.Array | None = None  # float[B, N, D] as they were encoded.
   ids: jax.Array | None = None  # int32[B, L] that were embedded.
   text_rows: jax.Array | None = None  # int32[B, Q] of the question, L for none.
+  # int32[B, L], the temporal patch that a row is of, as token or as text, -1
+  # for none. Its text goes with the last of its tokens; None keeps all text.
+  frames: jax.Array | None = None
 
 
 class PrunedPrompts(NamedTuple):
@@ -111,9 +115,12 @@ class PrunedPrompts(NamedTuple):
   deep: jax.Array | None = None  # float[B, S, n, D].
   # Selection [B, ...] that entered the model; None if that was all the video.
   entered: Any = None
+  frames: jax.Array | None = None  # int32[B, R], see `PromptBatch`.
 
 
-def kept_rows(index, num_valid, *, video_rows, length, num_rows):
+def kept_rows(
+  index, num_valid, *, video_rows, length, num_rows, frames=None
+):  # fmt: skip
   """Returns (rows, new length, new video rows) of ONE pruned prompt.
 
   `x[rows]` are its embeddings and `positions[:, rows]` its positions: rows are
@@ -126,6 +133,7 @@ def kept_rows(index, num_valid, *, video_rows, length, num_rows):
     video_rows: int32[N], `num_rows` or more for padding.
     length: int or int32[], rows of the whole prompt without padding.
     num_rows: L, static.
+    frames: int32[L] of `PromptBatch`, or None.
   """
   out_rows = num_rows - len(video_rows) + len(index)
   valid = jnp.arange(len(index)) < num_valid
@@ -134,6 +142,10 @@ def kept_rows(index, num_valid, *, video_rows, length, num_rows):
   row = jnp.arange(num_rows)
   stays = (row < length).at[video_rows].set(False, mode="drop")
   stays = stays.at[kept].set(True, mode="drop")
+  if frames is not None:
+    own = jnp.where(valid, jnp.take(frames, kept, mode="clip"), num_rows)
+    holds = jnp.zeros(num_rows, bool).at[own].set(True, mode="drop")
+    stays &= (frames < 0) | holds[frames]
   place = jnp.cumsum(stays, dtype=jnp.int32) - 1
   new_length = place[-1] + 1
   rows = jnp.zeros(out_rows, jnp.int32)
@@ -152,14 +164,15 @@ def prune(prompt, index, num_valid):
   """
   rows, length, video_rows = kept_rows(
     index, num_valid, video_rows=prompt.video_rows, length=prompt.lengths,
-    num_rows=len(prompt.x),
+    num_rows=len(prompt.x), frames=prompt.frames,
   )  # fmt: skip
-  deep = prompt.deep
+  deep, frames = prompt.deep, prompt.frames
   if deep is not None:
     deep = jnp.take(deep, index, axis=1, mode="clip")
   return rows, prompt._replace(
     x=prompt.x[rows], positions=prompt.positions[:, rows], lengths=length,
     video_rows=video_rows, deep=deep,
+    frames=None if frames is None else frames[rows],
   )  # fmt: skip
 
 
@@ -190,6 +203,7 @@ def whole(prompts: PromptBatch) -> PrunedPrompts:
     prompts.x, prompts.positions, lengths, prompts.video_rows,
     num_after=lengths - 1 - last, index=every, row=every,
     count=valid.sum(axis=1, dtype=jnp.int32), deep=prompts.deep,
+    frames=prompts.frames,
   )  # fmt: skip
 
 
@@ -197,6 +211,7 @@ def crop(prompts: PromptBatch, num_video: int) -> PromptBatch:
   """Returns prompts without the padding of a bucket, all of N video tokens."""
   num_rows = prompts.x.shape[1] + num_video - prompts.video_rows.shape[1]
   deep, features, ids = prompts.deep, prompts.features, prompts.ids
+  frames = prompts.frames
   return prompts._replace(
     x=prompts.x[:, :num_rows],
     positions=prompts.positions[:, :, :num_rows],
@@ -204,6 +219,7 @@ def crop(prompts: PromptBatch, num_video: int) -> PromptBatch:
     deep=None if deep is None else deep[:, :, :num_video],
     features=None if features is None else features[:, :num_video],
     ids=None if ids is None else ids[:, :num_rows],
+    frames=None if frames is None else frames[:, :num_rows],
   )
 
 
@@ -238,6 +254,11 @@ def take(prompts: PrunedPrompts, kept, count, *, num_video):
 
   def one(prompt, kept, count):
     taken, pruned = prune(prompt, kept, count)
+    if prompt.frames is not None:
+      # The mark behind the last patch may have gone.
+      behind = taken >= prompt.lengths - prompt.num_after
+      behind &= jnp.arange(len(taken)) < pruned.lengths
+      pruned = pruned._replace(num_after=behind.sum(dtype=jnp.int32))
     valid = jnp.arange(len(kept)) < count
 
     def entries(x):

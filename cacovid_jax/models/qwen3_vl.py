@@ -140,6 +140,14 @@ def position_ids(ids, grid, *, video_token_id):
   return positions, int(positions.max(initial=-1)) + 1
 
 
+def _written(grid, times) -> list[str]:
+  """Returns the text of each temporal patch's time, in seconds."""
+  times = (_LATE_SECONDS,) * grid[0] if times is None else times
+  if len(times) != grid[0]:
+    raise ValueError(f"{len(times)} times of {grid[0]} temporal patches")
+  return [f"<{time:.1f} seconds>" for time in times]
+
+
 @dataclasses.dataclass(frozen=True)
 class Qwen3VLModel(qwen2_5_vl.QwenVLModel):
   """Qwen3-VL as a `VideoLLM`."""
@@ -179,13 +187,10 @@ class Qwen3VLModel(qwen2_5_vl.QwenVLModel):
 
   def encode_prompt(self, tokenizer, text, grid, second_per_grid_t=None):
     """See `VideoLLM.encode_prompt`."""
-    times = second_per_grid_t
-    times = (_LATE_SECONDS,) * grid[0] if times is None else times
-    if len(times) != grid[0]:
-      raise ValueError(f"{len(times)} times of {grid[0]} temporal patches")
+    times = _written(grid, second_per_grid_t)
     start, end = tokenizer.style.around
     clip = f"{start}{tokenizer.video_token}{end}"
-    clip = "".join(f"<{time:.1f} seconds>{clip}" for time in times)
+    clip = "".join(f"{time}{clip}" for time in times)
     if self.outer_vision_tags:
       clip = f"{start}{clip}{end}"
     prompt = tokenizer.encode_prompt(text, math.prod(grid), clip)
@@ -195,6 +200,23 @@ class Qwen3VLModel(qwen2_5_vl.QwenVLModel):
       " text are implemented: remove it",
     )
     return prompt
+
+  def frame_rows(self, tokenizer, prompt, grid, second_per_grid_t=None):
+    """See `VideoLLM.frame_rows`; the text are the time and the two marks."""
+    time = tokenizer.encode(_written(grid, second_per_grid_t)[0])
+    mark = prompt.video_rows[0] - 1
+    start = mark - len(time)
+    errors.check(
+      prompt.ids[start:mark].tolist() == time,
+      f"{tokenizer.name}: the tokenizer joins the first time of a clip to the"
+      " text before it, and neither can go alone; leave out"
+      " evals.empty_frames=drop",
+    )
+    ends = prompt.video_rows.reshape(grid[0], -1)[:, -1] + 2
+    row = np.arange(prompt.length)
+    frames = np.searchsorted(ends, row, side="right")
+    inside = (start <= row) & (row < ends[-1])
+    return np.where(inside, frames, -1).astype(np.int32)
 
 
 CONFIG, MODEL = Qwen3VLConfig, Qwen3VLModel

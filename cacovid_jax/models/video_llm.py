@@ -199,6 +199,17 @@ class VideoLLM(abc.ABC):
     del second_per_grid_t  # Not in these models' text.
     return tokenizer.encode_prompt(text, math.prod(grid))
 
+  def frame_rows(self, tokenizer, prompt, grid, second_per_grid_t=None):
+    """Returns int32[L], the temporal patch of each row, -1 of none.
+
+    Of a `Prompt`, and what it was encoded with. Rows of a patch are its tokens
+    and the text that it alone has; UserError of models that write none.
+    """
+    raise errors.UserError(
+      "evals.empty_frames=drop is for models that write the time of each"
+      " temporal patch (Qwen3-VL); leave it out"
+    )
+
   def embed_prompt(self, params, ids, features, video_rows):
     """Returns one prompt's embeddings float[L, D].
 

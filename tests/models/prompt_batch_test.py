@@ -157,6 +157,26 @@ class KeptRowsTest(parameterized.TestCase):
     self.assertEqual(length, 5)
     np.testing.assert_array_equal(video_rows, [1])
 
+  def test_text_of_a_patch_goes_with_the_last_of_its_tokens(self):
+    # Rows: 0 text, 1 time, 2-3 video, 4 time, 5-6 video, 7 mark, 8 text.
+    for index, expected, places in (
+      ([0], [0, 1, 2, 8], [2]),
+      ([3], [0, 4, 6, 7, 8], [2]),
+      ([1, 2], [0, 1, 3, 4, 5, 7, 8], [2, 4]),
+      ([], [0, 8], []),
+    ):
+      rows, length, video_rows = prompt_batch.kept_rows(
+        jnp.array((index + [0, 0])[:2]),
+        len(index),
+        video_rows=jnp.array([2, 3, 5, 6]),
+        length=9,
+        num_rows=10,
+        frames=jnp.array([-1, 0, 0, 0, 1, 1, 1, 1, -1, -1]),
+      )
+      np.testing.assert_array_equal(rows[:length], expected)
+      assert (rows[length:] == 8).all() and len(rows) == 8
+      np.testing.assert_array_equal(video_rows, (places + [8, 8])[:2])
+
 
 class PrunedPromptsTest(absltest.TestCase):
   """One prompt of eight rows, its four video tokens in two patches."""

@@ -217,29 +217,51 @@ def test_slices_of_layers_add_what_all_layers_add(loaded, prompts):
   _close(last, logits, 1e-5)
 
 
+def _frames(batch, num_frames):
+  """Returns int32[L] of a prompt: a patch's tokens, and text beside them.
+
+  Of the first patch the mark alone.
+  """
+  rows = np.asarray(batch.video_rows[0])
+  frames = np.full(batch.x.shape[1], -1, np.int32)
+  start = rows[0] - 1
+  for frame, own in enumerate(rows.reshape(num_frames, -1)):
+    frames[start : own[-1] + 2] = frame
+    start = own[-1] + 2
+  return frames
+
+
+@pytest.mark.parametrize(("ratio", "drop"), [(0.6, False), (0.45, True)])
 def test_tokens_dropped_between_layers_take_their_features_along(
-  loaded, prompts
+  loaded, prompts, ratio, drop
 ):
   """FastV before layer 2 of 5, while layer 2 has features to add."""
   model, params = loaded
   batch, grid = prompts[0], (4, 3, 5)
+  frames = _frames(batch, 4)
+  if drop:
+    batch = batch._replace(frames=jnp.asarray(frames)[None])
   method = compressors.get("fastv", layer=2, scale_layers=False)
   whole = prompt_batch.whole(batch)
   inputs = base.CompressorInputs(
     features=prompt_batch.read_video(batch.x, batch.video_rows), grid=grid
   )
-  prefill = functools.partial(method.prefill, model, ratio=0.6, new_rows=1)
+  prefill = functools.partial(method.prefill, model, ratio=ratio, new_rows=1)
   logits, _, trace = jax.jit(prefill)(params, whole, inputs)
   # What the last token attends to most in layer 1.
   _, out, _ = _read(model, params, batch, want_attention=True)
   video_rows = np.asarray(batch.video_rows[0])
   paid = np.asarray(out["last_query_attention"])[1, 0, video_rows]
-  (keep,) = [keep for _, keep in method.plan(5, 60, 0.6)]
+  (keep,) = [keep for _, keep in method.plan(5, 60, ratio)]
   index = np.sort(np.argsort(-paid, kind="stable")[:keep])
   assert 0 < keep < 40
   np.testing.assert_array_equal(trace.index[0], index)
   # The rest of the layers over the rows that are left, text among them.
   rows = np.setdiff1d(np.arange(batch.x.shape[1]), np.delete(video_rows, index))
+  if drop:
+    emptied = set(range(4)) - set((index // 15).tolist())
+    assert emptied
+    rows = rows[~np.isin(frames[rows], list(emptied))]
   run = functools.partial(_run_layers(model), params, lengths=batch.lengths)
   x, *_ = run(
     x=batch.x,
@@ -292,15 +314,20 @@ def test_all_tokens_kept_is_the_whole_prompt(loaded, prompts):
     np.testing.assert_array_equal(mine, theirs)
 
 
-def test_dropped_tokens_are_as_if_nobody_saw_them(loaded, prompts):
+@pytest.mark.parametrize("drop", [False, True])
+def test_dropped_tokens_are_as_if_nobody_saw_them(loaded, prompts, drop):
   model, params = loaded
-  whole = prompts[0]
-  # Nothing of the second temporal patch, whose time and marks stay.
+  whole, frames = prompts[0], _frames(prompts[0], 4)
+  if drop:
+    whole = whole._replace(frames=jnp.asarray(frames)[None])
+  # Nothing of the second temporal patch, whose time and marks stay, or go.
   index = np.setdiff1d(np.arange(0, 60, 4), np.arange(15, 30))
-  rows, kept = _only(prompts, index)
+  rows, kept = _only([whole], index)
+  rows = rows[: int(kept.lengths[0])]
   visible = np.zeros(whole.x.shape[1], bool)
   visible[rows] = True
-  assert visible.sum() == whole.x.shape[1] - 60 + len(index)
+  gone = ((frames == 1).sum() - 15) if drop else 0
+  assert visible.sum() == whole.x.shape[1] - 60 + len(index) - gone
   mask = np.tri(len(visible), dtype=bool) & visible
   hidden, _ = jax.jit(model.forward)(
     params,
@@ -311,7 +338,7 @@ def test_dropped_tokens_are_as_if_nobody_saw_them(loaded, prompts):
     video_rows=whole.video_rows,
   )
   mine, _, _ = _read(model, params, kept)
-  _close(mine[0], hidden[0, rows])
+  _close(mine[0, : len(rows)], hidden[0, rows])
 
 
 def test_a_batch_padded_to_a_bucket_is_each_clip_alone(
