@@ -175,11 +175,13 @@ def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
   )
 
 
-def write_clip(path: pathlib.Path, seconds: int) -> None:
-  """Writes a H.264 clip of 640 x 360, 25 frames a second."""
-  files.make_folder(path.parent)
-  pictures = (clip_matrix.moving(n, 80, 64) for n in range(25 * seconds))
-  clip_matrix.encode(path, clip_matrix.CODECS["h264_b"], pictures, (640, 360))
+def write_clip(path: pathlib.Path, seconds: int, size=(640, 360), held=1):
+  """Writes an H.264 clip that is missing, each picture of it `held` times."""
+  if not path.exists():
+    files.make_folder(path.parent)
+    numbers = (n // held for n in range(25 * seconds))
+    pictures = (clip_matrix.moving(n, 80, 64) for n in numbers)
+    clip_matrix.encode(path, clip_matrix.CODECS["h264_b"], pictures, size)
 
 
 def reader(subject, folder) -> Callable[[], Any]:
@@ -187,9 +189,7 @@ def reader(subject, folder) -> Callable[[], Any]:
 
   Of a ten-second H.264 clip of 640 x 360, which is made in the folder.
   """
-  folder = pathlib.Path(folder)
-  if not (path := folder / "clip.mp4").exists():
-    write_clip(path, 10)
+  write_clip(path := pathlib.Path(folder, "clip.mp4"), 10)
   model = subject.checkpoint.model
   joined = getattr(model.config.vision, "temporal_patch_size", 1)
   rule = frames.FrameRule(joined * subject.grid[0])

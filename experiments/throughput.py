@@ -130,9 +130,7 @@ def markdown(rows) -> str:
 
 def write_clips(folder: pathlib.Path, count: int, seconds: int) -> list[str]:
   """Writes clips, one of which is encoded; returns their names."""
-  first = folder / f"{seconds}s.mp4"
-  if not first.exists():
-    made_up.write_clip(first, seconds)
+  made_up.write_clip(first := folder / f"{seconds}s.mp4", seconds)
   names = [f"{seconds}s_{number}.mp4" for number in range(count)]
   for name in names:
     if not (folder / name).exists():
