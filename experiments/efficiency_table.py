@@ -152,9 +152,7 @@ def main(args):
     return
   peers = stages.load_peers(args, SIZES[name].config())
   workdir = pathlib.Path(args.workdir or f"workdirs/efficiency_{name}")
-  with answer_log.AnswerLog(
-    workdir / ROWS, run_of(name, repeats), mend="or give another --workdir"
-  ) as rows:
+  with reporting.ledger(workdir / ROWS, run_of(name, repeats)) as rows:
     size, weights = SIZES[name], table.weights or workdir / "weights"
     checkpoint = made_up.checkpoint(size.config(), size.dtype, weights)
     subject = made_up.subject(checkpoint, size.grid)

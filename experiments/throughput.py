@@ -72,9 +72,7 @@ def main(args):
     "threads": data.num_threads,
   }
   made = functools.cache(lambda: _made(args, weights, workdir / "clips"))
-  with answer_log.AnswerLog(
-    workdir / "rows.jsonl", run, mend="or give another --workdir"
-  ) as rows:
+  with reporting.ledger(workdir / "rows.jsonl", run) as rows:
     found = []
     for batch in dict.fromkeys(args.batches):
       for condition in _CONDITIONS:
