@@ -39,7 +39,6 @@ from cacovid_jax import (
 )  # fmt: skip
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
-from cacovid_jax.compressors import base
 from cacovid_jax.data import readers
 from cacovid_jax.evals import (
   benchmarks,
@@ -166,12 +165,12 @@ def make_plan(config, workdir, folders, *, shard=(0, 1), asks=True) -> Plan:
   """
   paper.check_tolerance(config.table.tolerance)
   evals = config.evals
-  specs, ratios = tuple(evals.methods), map(base.check_ratio, evals.ratios)
+  specs = tuple(evals.methods)
   if specs == ("all",):
     specs = tuple(dict.fromkeys([*paper.METHODS, *compressors.names()]))
   changes = {
     "evals.methods": specs,
-    "evals.ratios": results.check_ratios(ratios),
+    "evals.ratios": results.check_ratios(evals.ratios),
     "evals.oracles": (),
     # Benchmarks have no split to choose options on.
     "evals.select_on": "none",

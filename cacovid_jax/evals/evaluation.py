@@ -82,14 +82,14 @@ def check(config) -> None:
   curves = os.path.join(evals.metrics, metrics.FILE)
   told = f"there is no {curves}; name a training workdir, or leave it empty"
   errors.check(not evals.metrics or os.path.isfile(curves), told)
-  results.check_ratios(map(base.check_ratio, evals.ratios))
+  results.check_ratios(evals.ratios)
 
 
 def _evaluate(experiment):
   """Returns (results.json as a dict, examples for the report), or None."""
   config, evals = experiment.config, experiment.config.evals
   shard = shards.Shard(*experiment.shard)
-  ratios = tuple(map(base.check_ratio, evals.ratios))
+  ratios = results.check_ratios(evals.ratios)
   test = load_benchmark(experiment, evals.split, evals.num_questions)
   methods, search, validation = plan(experiment, test)
   tried = [*methods, *(search.candidates if search else ())]
