@@ -322,7 +322,7 @@ def measure(run: RowRun, *, wait: bool) -> dict[str, Any]:
   listed = {m.label: m.spec for m in map(methods_lib.Method.parse, specs)}
   spec = listed[chosen.get("best", "cacovid")]
   tried = [one["accuracy"] for one in chosen.get("candidates", ())]
-  asked = evaluation.load_benchmark(asked, evals.split, evals.num_questions)
+  asked = evaluation.load_benchmark(asked)
   return {
     "all tokens": out["vanilla"]["accuracy"],
     "validation": max(tried, default=None),

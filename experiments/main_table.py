@@ -281,7 +281,7 @@ def survey(plan: Plan) -> tuple[dict[str, Any], dict[str, str]]:
       continue
     try:
       counted = experiment.replace({"evals.on_missing": "count"})
-      loaded = evaluation.load_benchmark(counted, count=evals.num_questions)
+      loaded = evaluation.load_benchmark(counted)
     except errors.UserError as error:
       faults[name] = errors.one_line(error)
       rows.append([name, "", "", "", "no data"])

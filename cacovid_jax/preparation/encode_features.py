@@ -224,9 +224,7 @@ def _encode(config, training: bool, shard) -> None:
     processor = run_lib.make_processor(config, experiment.loaded.model)
     store = run_lib.open_store(experiment, processor, keep=1)
   else:
-    found = evaluation.load_benchmark(
-      experiment, config.evals.split, config.evals.num_questions
-    )
+    found = evaluation.load_benchmark(experiment)
     questions, store = found.questions, clip_queue.open_queue(experiment)
   report = encode(
     store,
