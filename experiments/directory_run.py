@@ -107,7 +107,7 @@ def main(args) -> int:
   """Runs all stages; returns the exit code."""
   # This process draws weights, its commands need the device's memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  errors.check(args.workdir, "no workdir given: add --workdir=FOLDER")
+  COMMAND.require(args, "workdir")
   errors.check(
     args.stop_after + 1 < args.steps,
     f"--stop_after={args.stop_after}: the step under way is finished, and one"

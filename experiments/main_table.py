@@ -145,7 +145,7 @@ def dry_run(plan: Plan, *, published: bool = True) -> None:
 def plan_of(args) -> Plan:
   """Returns the plan that a command line describes; reads no data."""
   config = args.config
-  COMMAND.require(config, "model")
+  COMMAND.require(args, "model")
   root = config.data.root if "data.root" in args.given else ""
   name = pathlib.PurePath(config.model.path).name
   return make_plan(
