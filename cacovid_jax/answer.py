@@ -11,7 +11,7 @@ the embedded benchmark answers; it knows questions with options, about clips as
 `python -m cacovid_jax.prepare` draws them.
 """
 
-from cacovid_jax import command, errors, files, terminal
+from cacovid_jax import command, files, terminal
 from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.inference import answerer as answerer_lib
 
@@ -68,10 +68,7 @@ COMMAND = command.Command(
 
 def main(args):
   """Asks what the command line says."""
-  for name in ("video", "question"):
-    if not getattr(args, name):
-      raise errors.UserError(f"nothing says which {name}: add --{name}")
-  COMMAND.require(args.config, "methods", "ratios")
+  COMMAND.require(args, "video", "question", "methods", "ratios")
   if args.report:
     files.check_writable(args.report, "--report")
   evals, options = args.config.evals, args.options

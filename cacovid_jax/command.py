@@ -122,10 +122,10 @@ class Command:
       arguments=words,
     )
 
-  def require(self, config, *names: str) -> None:
-    """Refuses a config that leaves the key of one of these flags empty."""
+  def require(self, args, *names: str) -> None:
+    """Refuses what `parse` gave if it leaves one of these flags empty."""
     for name in names:
-      if not config_lib.value_of(config, self.flags[name].key):
+      if not self.flags[name].value(args.config, vars(args).get(name)):
         raise errors.UserError(f"nothing says which {name}: add --{name}")
 
   def help(self) -> str:

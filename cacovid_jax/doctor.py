@@ -13,7 +13,7 @@ compared by. Writes nothing. The exit code is 1 if something failed.
 
 import rich.table
 
-from cacovid_jax import command, errors, evaluate, terminal
+from cacovid_jax import command, evaluate, terminal
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.preflight import case as case_lib
 from cacovid_jax.preflight import checks
@@ -59,7 +59,7 @@ def show(found: list[checks.Finding]) -> None:
 
 def main(args) -> int:
   """Examines what the command line describes; returns the exit code."""
-  errors.check(args.workdir, "no workdir given: add --workdir=FOLDER")
+  COMMAND.require(args, "workdir")
   with remote.mirrored(args.workdir) as args.workdir:
     if args.run == TRAIN:
       experiment = experiment_lib.Experiment.from_config(

@@ -19,7 +19,7 @@ again does.
 
 import os
 
-from cacovid_jax import command, errors, terminal
+from cacovid_jax import command, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import benchmarks, evaluation, shards
@@ -124,9 +124,7 @@ def main(args):
 def experiment_of(args) -> experiment_lib.Experiment:
   """Returns what a command line evaluates."""
   config = args.config
-  COMMAND.require(config, "checkpoint", "data")
-  if not args.workdir:
-    raise errors.UserError("nothing says which workdir: add --workdir=FOLDER")
+  COMMAND.require(args, "checkpoint", "data", "workdir")
   changes = {}
   if "evals.policies" not in args.given and not config.evals.policies:
     if loading.has_policy(args.workdir):

@@ -6,7 +6,7 @@ command on each, with --coordinator, --num_processes and --process_id; when one
 is lost, the others end with exit code 75.
 """
 
-from cacovid_jax import command, errors, terminal
+from cacovid_jax import command, terminal
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import evaluation
@@ -46,8 +46,7 @@ COMMAND = command.Command(
 def main(args):
   """Runs the training that the command line describes."""
   config = args.config
-  if not args.workdir:
-    raise errors.UserError("no workdir given: add --workdir=FOLDER")
+  COMMAND.require(args, "workdir")
   with peers.joined(
     args.coordinator,
     args.num_processes,

@@ -38,7 +38,6 @@ from cacovid_jax import base_config, command, errors, files, metrics, schema
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax import train as train_lib
-from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import benchmarks, evaluation, results, tables
 from cacovid_jax.evals import statistics as statistics_lib
@@ -155,7 +154,7 @@ def main(args):
 def read_recipes(args) -> dict[str, Any]:
   """Returns the configs of `ours` and of `paper`, which ask one method."""
   spec, found = args.spec or _CONFIG, {}
-  ratios = results.check_ratios(map(base.check_ratio, args.ratios))
+  ratios = results.check_ratios(args.ratios)
   papers = f"{spec}{',' if ':' in spec else ':'}paper"
   for name, text in (("ours", spec), ("paper", papers)):
     config = config_lib.load(text, args.overrides, fill=True)
@@ -323,7 +322,7 @@ def measure(run: RowRun, *, wait: bool) -> dict[str, Any]:
   listed = {m.label: m.spec for m in map(methods_lib.Method.parse, specs)}
   spec = listed[chosen.get("best", "cacovid")]
   tried = [one["accuracy"] for one in chosen.get("candidates", ())]
-  asked = evaluation.load_benchmark(asked, evals.split, evals.num_questions)
+  asked = evaluation.load_benchmark(asked)
   return {
     "all tokens": out["vanilla"]["accuracy"],
     "validation": max(tried, default=None),

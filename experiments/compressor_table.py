@@ -169,10 +169,7 @@ def _measure(experiment, cells, rows):
     # A batch of one question has no use for more devices.
     changes["mesh.data"] = 1
   experiment = experiment.replace(changes)
-  evals = experiment.config.evals
-  benchmark = evaluation.load_benchmark(
-    experiment, evals.split, evals.num_questions
-  )
+  benchmark = evaluation.load_benchmark(experiment)
   wanted = methods_lib.wanted([cell.method for cell in cells])
   with (
     clip_queue.open_queue(experiment, wanted) as source,

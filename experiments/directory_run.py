@@ -39,7 +39,7 @@ from cacovid_jax.evals import tables
 from cacovid_jax.models import safetensors_io
 from cacovid_jax.synthetic import tiny_checkpoints
 from cacovid_jax.training import checkpointing
-from experiments import clip_matrix, parity_at_size
+from experiments import made_up, parity_at_size
 
 # Size -> config file and its argument.
 _FILES = {
@@ -107,7 +107,7 @@ def main(args) -> int:
   """Runs all stages; returns the exit code."""
   # This process draws weights, its commands need the device's memory.
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  errors.check(args.workdir, "no workdir given: add --workdir=FOLDER")
+  COMMAND.require(args, "workdir")
   errors.check(
     args.stop_after + 1 < args.steps,
     f"--stop_after={args.stop_after}: the step under way is finished, and one"
@@ -171,9 +171,7 @@ def write_clips(folder) -> None:
   for split, lengths in _CLIPS.items():
     for number, seconds in enumerate(lengths):
       name = f"{split}_{seconds:03d}s.mp4"
-      if not (folder / name).exists():
-        files.make_folder(folder)
-        _write_clip(folder / name, seconds)
+      made_up.write_clip(folder / name, seconds, (160, 90), held=5)
       letter = "ABCD"[number % 4]
       text = f"Which colour is seen first in clip {number}?"
       known = {"id": f"{split}-{number}", "video": name, "question": text}
@@ -197,12 +195,6 @@ def write_clips(folder) -> None:
         )
   files.write(folder / "train.json", json.dumps(rows, indent=1) + "\n")
   files.write(folder / "questions.json", json.dumps(asked, indent=1) + "\n")
-
-
-def _write_clip(path, seconds: int) -> None:
-  """Writes H.264 with B-frames of 160 x 90, 25 pictures a second."""
-  pictures = (clip_matrix.moving(x // 5, 80, 64) for x in range(25 * seconds))
-  clip_matrix.encode(path, clip_matrix.CODECS["h264_b"], pictures, (160, 90))
 
 
 def configured(size: str, model, data, texts=(), reward="log_likelihood"):

@@ -42,7 +42,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import command, errors, evaluate, files, terminal
-from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import (
   cost,
@@ -126,7 +125,7 @@ COMMAND = command.Command(
 def main(args):
   """Measures the table that the command line describes."""
   evals, table = args.config.evals, args.config.table
-  ratios = results.check_ratios(map(base.check_ratio, evals.ratios))
+  ratios = results.check_ratios(evals.ratios)
   methods = [methods_lib.Method.parse(spec) for spec in evals.methods]
   labels = [method.label for method in methods]
   for method in methods:
@@ -146,15 +145,13 @@ def main(args):
     {*args.stages} <= {*stages.STAGES},
     f"--stages={','.join(args.stages)}: choose of {', '.join(stages.STAGES)}",
   )
-  args.kept = results.check_ratios(map(base.check_ratio, args.kept))
+  args.kept = results.check_ratios(args.kept)
   if args.dry_run:
     dry_run(table, methods, ratios)
     return
   peers = stages.load_peers(args, SIZES[name].config())
   workdir = pathlib.Path(args.workdir or f"workdirs/efficiency_{name}")
-  with answer_log.AnswerLog(
-    workdir / ROWS, run_of(name, repeats), mend="or give another --workdir"
-  ) as rows:
+  with reporting.ledger(workdir / ROWS, run_of(name, repeats)) as rows:
     size, weights = SIZES[name], table.weights or workdir / "weights"
     checkpoint = made_up.checkpoint(size.config(), size.dtype, weights)
     subject = made_up.subject(checkpoint, size.grid)

@@ -87,7 +87,22 @@ class MadeUp(latency.Subject):
 def checkpoint(config, dtype, directory) -> checkpoints.Checkpoint:
   """Returns random weights of a folder, drawn if it has none."""
   directory = pathlib.Path(directory)
-  _draw(directory, config)
+  if (directory / "config.json").exists():
+    errors.check(
+      checkpoints.load_config(directory) == config,
+      f"{directory} holds another model; give another --weights",
+    )
+  elif directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+    raise errors.UserError(
+      f"{directory} holds something else than weights; give an empty or a new"
+      " --weights"
+    )
+  else:
+    # The config is written first: a folder without an index was cut off.
+    partial = directory.with_name(f"{directory.name}.partial")
+    with files.claim(directory, hint="or give another --weights"):
+      tiny_checkpoints.write_random(partial, config, SEED)
+      os.replace(partial, directory)
   return checkpoints.load(directory, jnp.dtype(dtype))
 
 
@@ -104,12 +119,7 @@ def subject(checkpoint, grid) -> MadeUp:
   given = dataclasses.replace(
     given, features=batch.features, text=programs.text(batch)
   )
-  halvings = estimate.num_halvings(config.text)
-  policy = network.Policy.from_llm_config(
-    config.text, dtype=model.dtype, num_halvings=halvings
-  )
-  start = policy.init_from_llm(jax.random.key(0), params)
-  followed = loading.LoadedPolicy.of(policy, start)
+  followed = policy(checkpoint)
   pixels = rng.standard_normal(config.vision.input_shape(grid), np.float32)
   return MadeUp(
     checkpoint=checkpoint,
@@ -123,32 +133,21 @@ def subject(checkpoint, grid) -> MadeUp:
   )
 
 
+def policy(checkpoint) -> loading.LoadedPolicy:
+  """Returns the policy before its training."""
+  text, dtype = checkpoint.model.config.text, checkpoint.model.dtype
+  given = {"dtype": dtype, "num_halvings": estimate.num_halvings(text)}
+  module = network.Policy.from_llm_config(text, **given)
+  params = module.init_from_llm(jax.random.key(0), checkpoint.params)
+  return loading.LoadedPolicy.of(module, params)
+
+
 def encoder(model, params, inputs) -> Callable[[], Any]:
   """Returns f() -> features float[N, D]: the tower, as a store runs it."""
   run = clips.tower_program(model, (), None)
   params = {k: v for k, v in params.items() if k != "language_model"}
   inputs = jax.tree.map(jnp.asarray, model.tower_inputs(inputs))
   return lambda: run(params, inputs)[clips.FEATURES]
-
-
-def _draw(directory, config):
-  """Writes random weights, unless those of this config are there."""
-  if (directory / "config.json").exists():
-    if checkpoints.load_config(directory) != config:
-      raise errors.UserError(
-        f"{directory} holds another model; give another --weights"
-      )
-    return
-  if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-    raise errors.UserError(
-      f"{directory} holds something else than weights; give an empty or a new"
-      " --weights"
-    )
-  # The config is written first: a folder without an index was cut off.
-  partial = directory.with_name(f"{directory.name}.partial")
-  with files.claim(directory, hint="or give another --weights"):
-    tiny_checkpoints.write_random(partial, config, SEED)
-    os.replace(partial, directory)
 
 
 def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
@@ -175,11 +174,13 @@ def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
   )
 
 
-def write_clip(path: pathlib.Path, seconds: int) -> None:
-  """Writes a H.264 clip of 640 x 360, 25 frames a second."""
-  files.make_folder(path.parent)
-  pictures = (clip_matrix.moving(n, 80, 64) for n in range(25 * seconds))
-  clip_matrix.encode(path, clip_matrix.CODECS["h264_b"], pictures, (640, 360))
+def write_clip(path: pathlib.Path, seconds: int, size=(640, 360), held=1):
+  """Writes an H.264 clip that is missing, each picture of it `held` times."""
+  if not path.exists():
+    files.make_folder(path.parent)
+    numbers = (n // held for n in range(25 * seconds))
+    pictures = (clip_matrix.moving(n, 80, 64) for n in numbers)
+    clip_matrix.encode(path, clip_matrix.CODECS["h264_b"], pictures, size)
 
 
 def reader(subject, folder) -> Callable[[], Any]:
@@ -187,9 +188,7 @@ def reader(subject, folder) -> Callable[[], Any]:
 
   Of a ten-second H.264 clip of 640 x 360, which is made in the folder.
   """
-  folder = pathlib.Path(folder)
-  if not (path := folder / "clip.mp4").exists():
-    write_clip(path, 10)
+  write_clip(path := pathlib.Path(folder, "clip.mp4"), 10)
   model = subject.checkpoint.model
   joined = getattr(model.config.vision, "temporal_patch_size", 1)
   rule = frames.FrameRule(joined * subject.grid[0])

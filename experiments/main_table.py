@@ -39,7 +39,6 @@ from cacovid_jax import (
 )  # fmt: skip
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
-from cacovid_jax.compressors import base
 from cacovid_jax.data import readers
 from cacovid_jax.evals import (
   benchmarks,
@@ -146,7 +145,7 @@ def dry_run(plan: Plan, *, published: bool = True) -> None:
 def plan_of(args) -> Plan:
   """Returns the plan that a command line describes; reads no data."""
   config = args.config
-  COMMAND.require(config, "model")
+  COMMAND.require(args, "model")
   root = config.data.root if "data.root" in args.given else ""
   name = pathlib.PurePath(config.model.path).name
   return make_plan(
@@ -166,12 +165,12 @@ def make_plan(config, workdir, folders, *, shard=(0, 1), asks=True) -> Plan:
   """
   paper.check_tolerance(config.table.tolerance)
   evals = config.evals
-  specs, ratios = tuple(evals.methods), map(base.check_ratio, evals.ratios)
+  specs = tuple(evals.methods)
   if specs == ("all",):
     specs = tuple(dict.fromkeys([*paper.METHODS, *compressors.names()]))
   changes = {
     "evals.methods": specs,
-    "evals.ratios": results.check_ratios(ratios),
+    "evals.ratios": results.check_ratios(evals.ratios),
     "evals.oracles": (),
     # Benchmarks have no split to choose options on.
     "evals.select_on": "none",
@@ -282,7 +281,7 @@ def survey(plan: Plan) -> tuple[dict[str, Any], dict[str, str]]:
       continue
     try:
       counted = experiment.replace({"evals.on_missing": "count"})
-      loaded = evaluation.load_benchmark(counted, count=evals.num_questions)
+      loaded = evaluation.load_benchmark(counted)
     except errors.UserError as error:
       faults[name] = errors.one_line(error)
       rows.append([name, "", "", "", "no data"])

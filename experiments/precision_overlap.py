@@ -106,7 +106,7 @@ def draw_prompt(model, params, rng, num_frames):
 def main(args):
   """Compares the stored policies and prints the table."""
   config = args.config
-  COMMAND.require(config, "policy")
+  COMMAND.require(args, "policy")
   ratios = [base.check_ratio(ratio) for ratio in config.evals.ratios]
   experiment = experiment_lib.Experiment.from_config(config, split="")
   model, params = experiment.checkpoint.model, experiment.checkpoint.params

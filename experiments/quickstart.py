@@ -47,7 +47,7 @@ def main(args):
   name = "smoke" if args.smoke else "quickstart"
   workdir = args.workdir or f"workdirs/{name}"
   # Mistakes are told before minutes of work, not after.
-  ratios = results.check_ratios(map(base.check_ratio, config.evals.ratios))
+  ratios = results.check_ratios(config.evals.ratios)
   config_lib.claim_workdir(workdir, config)
   # Those of the config as it stands.
   planned = {} if args.smoke else PLANNED

@@ -72,8 +72,7 @@ def main(args):
     folder = workdir / "checkpoints" / name / run["config"]
     module = importlib.import_module(f"cacovid_jax.related.{name}")
     study = module.study(config[name], config.seeds, clips, folder)
-    path, mend = workdir / f"{name}.jsonl", "or give another --workdir"
-    with answer_log.AnswerLog(path, run, mend=mend) as rows:
+    with reporting.ledger(workdir / f"{name}.jsonl", run) as rows:
       found = measure(name, study, rows)
     out["systems"][name] = write(workdir, name, study, found)
     written += [f"{name}.md", f"{name}.svg"]

@@ -28,6 +28,11 @@ def files(workdir: str | os.PathLike, names: Iterable[str]) -> None:
     terminal.tell(os.path.join(workdir, name))
 
 
+def ledger(path, run: Mapping[str, Any]) -> answer_log.AnswerLog:
+  """Opens a file of what is written down as it is measured."""
+  return answer_log.AnswerLog(path, run, mend="or give another --workdir")
+
+
 def once(
   rows: answer_log.AnswerLog,
   key: answer_log.Key,

@@ -20,7 +20,6 @@ import math
 import pathlib
 
 from cacovid_jax import command, errors, files
-from cacovid_jax.data import answer_log
 from cacovid_jax.evals import tables
 from cacovid_jax.evals.report import charts
 from experiments import efficiency_table, made_up, reporting, stages
@@ -74,9 +73,7 @@ def main(args):
     f"{f} x {b}": functools.partial(make, f, b) for f, b in dict.fromkeys(sizes)
   }
   run = efficiency_table.run_of(table.size, table.repeats) | {"grid": None}
-  with answer_log.AnswerLog(
-    workdir / "rows.jsonl", run, mend="or give another --workdir"
-  ) as rows:
+  with reporting.ledger(workdir / "rows.jsonl", run) as rows:
     found = stages.measure(engines, _CELLS, rows, table.repeats)
   write(workdir, found, run, args)
 

@@ -35,7 +35,6 @@ from cacovid_jax.inference import answerer
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import checkpoints, llava_onevision, video_llm
-from cacovid_jax.policy import network
 from cacovid_jax.training import programs as training_programs
 from cacovid_jax.training import run as run_lib
 from experiments import made_up, reporting
@@ -240,9 +239,7 @@ def limits(subject, speed, training=None) -> Callable[[str, float], float]:
   model, grid = subject.checkpoint.model, subject.grid
   text, rows = model.config.text, subject.batch.x.shape[1]
   outside, layers = rows - math.prod(grid), text.num_layers
-  policy = network.PolicyConfig(
-    llm=text, num_halvings=estimate.num_halvings(text)
-  )
+  policy = subject.policy(methods_lib.Method.parse("cacovid")).module.config
   tower = cost.tower_flops(model.config, grid)
   score = cost.policy_flops(policy, rows, grid)
 

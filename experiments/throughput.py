@@ -22,24 +22,16 @@ import functools
 import os
 import pathlib
 
-import jax
-
 from cacovid_jax import command, errors, evaluate, files
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import answer_log, frames
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.evals import estimate, evaluation, tables
+from cacovid_jax.evals import evaluation, tables
 from cacovid_jax.evals import evaluator as evaluator_lib
-from cacovid_jax.inference import (
-  answerer,
-  clip_queue,
-  device_watch,
-  features,
-)
+from cacovid_jax.inference import answerer, clip_queue, device_watch, features
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
-from cacovid_jax.policy import loading, network
 from experiments import efficiency_table, made_up, reporting, scaling
 
 FILES = ("table.md", "results.json")
@@ -80,9 +72,7 @@ def main(args):
     "threads": data.num_threads,
   }
   made = functools.cache(lambda: _made(args, weights, workdir / "clips"))
-  with answer_log.AnswerLog(
-    workdir / "rows.jsonl", run, mend="or give another --workdir"
-  ) as rows:
+  with reporting.ledger(workdir / "rows.jsonl", run) as rows:
     found = []
     for batch in dict.fromkeys(args.batches):
       for condition in _CONDITIONS:
@@ -130,9 +120,7 @@ def markdown(rows) -> str:
 
 def write_clips(folder: pathlib.Path, count: int, seconds: int) -> list[str]:
   """Writes clips, one of which is encoded; returns their names."""
-  first = folder / f"{seconds}s.mp4"
-  if not first.exists():
-    made_up.write_clip(first, seconds)
+  made_up.write_clip(first := folder / f"{seconds}s.mp4", seconds)
   names = [f"{seconds}s_{number}.mp4" for number in range(count)]
   for name in names:
     if not (folder / name).exists():
@@ -162,16 +150,12 @@ def _made(args, weights, folder):
   experiment = experiment_lib.Experiment.from_config(
     config_lib.replace(config, changes), checkpoint=found
   )
-  module = network.Policy.from_llm_config(
-    text, dtype=found.model.dtype, num_halvings=estimate.num_halvings(text)
-  )
-  start = module.init_from_llm(jax.random.key(0), found.params)
   asked = answerer.as_question("clip", "What is first?", ("red", "blue"))
   questions = [
     dataclasses.replace(asked, id=name, video=name, answer="A")
     for name in write_clips(folder, args.clips, args.seconds)
   ]
-  return experiment, loading.LoadedPolicy.of(module, start), questions
+  return experiment, made_up.policy(found), questions
 
 
 def ask(made, batch: int, condition):

@@ -89,10 +89,9 @@ def without_weights(
 
   With `published`, a folder that is not there is the released model so called.
   """
-  directory, tokenizer = experiment.config.model.path, None
-  name = pathlib.PurePath(directory).name
+  path, tokenizer = experiment.config.model.path, None
   # A released one need not be anywhere.
-  directory = hub.find(directory) or directory
+  name, directory = pathlib.PurePath(path).name, hub.find(path)
   if os.path.isfile(os.path.join(directory, "config.json")):
     config = checkpoints.load_config(directory)
     if os.path.isfile(os.path.join(directory, "tokenizer.json")):

@@ -82,15 +82,15 @@ def check(config) -> None:
   curves = os.path.join(evals.metrics, metrics.FILE)
   told = f"there is no {curves}; name a training workdir, or leave it empty"
   errors.check(not evals.metrics or os.path.isfile(curves), told)
-  results.check_ratios(map(base.check_ratio, evals.ratios))
+  results.check_ratios(evals.ratios)
 
 
 def _evaluate(experiment):
   """Returns (results.json as a dict, examples for the report), or None."""
   config, evals = experiment.config, experiment.config.evals
   shard = shards.Shard(*experiment.shard)
-  ratios = tuple(map(base.check_ratio, evals.ratios))
-  test = load_benchmark(experiment, evals.split, evals.num_questions)
+  ratios = results.check_ratios(evals.ratios)
+  test = load_benchmark(experiment)
   methods, search, validation = plan(experiment, test)
   tried = [*methods, *(search.candidates if search else ())]
   others, decisive = (), test.decisive
@@ -257,12 +257,14 @@ def validator(
 def load_benchmark(
   experiment: experiment_lib.Experiment, split: str = "", count: int = 0
 ) -> benchmarks.Benchmark:
-  """Returns a split of what config.evals asks, "" for the benchmark's first.
+  """Returns what config.evals asks, or `count` questions of another split.
 
-  Of `count` questions, in order; 0 takes all. Clips that are not there are an
-  error, or are listed and count as wrong, as the config says.
+  In order; 0 takes all. Clips that are not there are an error, or are listed
+  and count as wrong, as the config says.
   """
   data, evals = experiment.config.data, experiment.config.evals
+  if not split:
+    split, count = evals.split, evals.num_questions
   found = benchmarks.load(
     data.root,
     split,

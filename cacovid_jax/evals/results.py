@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from cacovid_jax import errors, schema
+from cacovid_jax.compressors import base
 from cacovid_jax.data import answer_log, rewards, video
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.evals import benchmarks, statistics
@@ -198,7 +199,7 @@ def ratio_key(ratio: float) -> str:
 
 def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
   """Returns the ratios; refuses two that tables could not tell apart."""
-  ratios = tuple(ratios)
+  ratios = tuple(map(base.check_ratio, ratios))
   if not ratios:
     raise errors.UserError("no retention ratio given; for example 0.25,0.1")
   for key, count in collections.Counter(map(ratio_key, ratios)).items():

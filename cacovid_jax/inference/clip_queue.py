@@ -161,7 +161,7 @@ def _told(error: video.VideoError) -> str:
 def read_processor(experiment: experiment_lib.Experiment):
   """Returns what an evaluation does to frames, with the paper's bounds."""
   path, data = experiment.config.model.path, experiment.config.data
-  found = experiment.checkpoint.model.read_processor(hub.find(path) or path)
+  found = experiment.checkpoint.model.read_processor(hub.find(path))
   return found.with_paper_bounds(data.min_pixels, data.max_pixels)
 
 

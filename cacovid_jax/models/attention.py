@@ -52,7 +52,7 @@ def attention(
   if backend not in (known := config_limits.BACKENDS):
     raise ValueError(f"attention backend {backend!r} is not one of {known}")
   if backend == "auto":
-    backend = _flash_backend()
+    backend = flash_backend()
     # Below one block, padding costs more than the kernel saves.
     if backend == "splash" and q.shape[1] < _LANES:
       backend = "xla"
@@ -61,25 +61,6 @@ def attention(
   if backend == "splash" and mask is None:
     return _by_heads(_splash, causal, q, k, v, lengths)
   return _xla(q, k, v, causal, lengths, mask)
-
-
-def padded_rows(count, batch=1, before=0, backend="auto"):
-  """Returns how many rows each of a batch best has on this device, as int.
-
-  On NVIDIA GPUs XLA copies what a product reads and writes if there are no
-  multiples of eight rows in all, and what cuDNN reads if a side is odd. Padding
-  a prompt once saves these copies in every layer. Elsewhere it is `count`.
-
-  Args:
-    count: rows of each one of the batch.
-    batch: how many of them a product reads at once.
-    before: rows of each that keys have besides.
-    backend: as of `attention`.
-  """
-  if (_flash_backend() if backend == "auto" else backend) != "cudnn":
-    return count
-  fine = [n for n in range(count, count + 16) if batch * n % 8 == 0]
-  return next((n for n in fine if (before + n) % 2 == 0), fine[0])
 
 
 def _by_heads(kernel, causal, q, k, v, *seen):
@@ -124,7 +105,8 @@ def _cudnn_can(q, k, mask):
 
 
 @functools.cache
-def _flash_backend():
+def flash_backend() -> str:
+  """Returns what "auto" stands for on this device, of long sequences."""
   platform = jax.default_backend()
   if platform == "tpu":
     return "splash"

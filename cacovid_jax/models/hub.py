@@ -24,18 +24,16 @@ def cache() -> pathlib.Path:
   return pathlib.Path(os.path.expanduser(os.path.expandvars(folder)))
 
 
-def find(path: str | os.PathLike) -> str | None:
-  """Returns the folder of a path or a name; None of a name not in the cache.
+def find(path: str | os.PathLike) -> str:
+  """Returns the folder of a path, or of a name in the cache.
 
-  A path that exists, and what cannot be a name, is returned as it is. A
+  What exists, cannot be a name or is not there is returned as it is. A
   snapshot of which a part is missing is a UserError.
   """
   path = os.fspath(path)
-  if os.path.lexists(path) or not _NAME.fullmatch(path):
-    return path
   folder = cache() / f"models--{path.replace('/', '--')}"
-  if not folder.is_dir():
-    return None
+  if os.path.lexists(path) or not (_NAME.fullmatch(path) and folder.is_dir()):
+    return path
   if lacking := _lacking(folder):
     raise errors.UserError(
       f"{path} in the Hugging Face cache is not whole: {lacking}; finish it by:"
@@ -47,7 +45,7 @@ def find(path: str | os.PathLike) -> str | None:
 def directory(path: str | os.PathLike) -> str:
   """Returns the folder of a path or a name; one not in the cache is refused."""
   found = find(path)
-  if found is None:
+  if _NAME.fullmatch(found) and not os.path.lexists(found):
     raise errors.UserError(
       f"{path} is no folder, and not in the Hugging Face cache {cache()}"
       " (HF_HUB_CACHE, HF_HOME); give a checkpoint directory or, if it is a"

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax.models import (
-  float8,
   hf_config,
   placement,
   processors,
+  products,
   qwen2,
   siglip,
   video_llm,
@@ -155,7 +155,7 @@ class Projector(nn.Module):
 class LlavaOnevision(qwen2.Part):
   """The modules of LLaVA-OneVision; `LlavaOnevisionModel` runs them."""
 
-  float8_tower: bool = False  # See `models.float8`.
+  float8_tower: bool = False  # See `models.products`.
 
   def setup(self):
     cfg, width = self.config, self.config.text.hidden_size
@@ -201,7 +201,7 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
   """LLaVA-OneVision as a `VideoLLM`."""
 
   config: LlavaOnevisionConfig
-  float8_tower: bool = False  # See `models.float8`.
+  float8_tower: bool = False  # See `models.products`.
 
   num_newlines = 1
 
@@ -216,7 +216,7 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
 
   def with_float8_tower(self, wanted):
     if wanted:
-      float8.check_device()
+      products.check_float8()
     return dataclasses.replace(self, float8_tower=wanted)
 
   @property

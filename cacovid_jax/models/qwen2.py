@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import schema
-from cacovid_jax.models import attention, hf_config, placement, rope
+from cacovid_jax.models import attention, hf_config, placement, products, rope
 from cacovid_jax.models import layers as layers_lib
 
 
@@ -324,11 +324,9 @@ class Qwen2(Part):
     product = functools.partial(
       jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32
     )
-    if hidden.size > hidden.shape[-1]:
-      return product(hidden, table)
-    return jax.lax.platform_dependent(
-      hidden, table, cuda=logits_of_one_row, default=product
-    )
+    one = hidden.size == hidden.shape[-1]
+    kernels = {"cuda": products.of_one_row} if one else {}
+    return jax.lax.platform_dependent(hidden, table, default=product, **kernels)
 
   def __call__(
     self, x, positions, *, causal=True, lengths=None, mask=None, earlier=None,
@@ -370,17 +368,6 @@ class Qwen2(Part):
     for name in out.keys() - {"keys", "values"}:
       out[name] = layers_lib.joined(out[name])
     return self.norm(x), out
-
-
-def logits_of_one_row(hidden, table):
-  """Returns float32[..., V] of ONE hidden float[..., D], table float[V, D].
-
-  By a sum, not by a product: for one row, XLA writes the whole table out in
-  float32 on a GPU, and reads it again.
-  """
-  row = hidden.reshape(1, -1).astype(jnp.float32)
-  found = (table.astype(jnp.float32) * row).sum(axis=-1)
-  return found.reshape(*hidden.shape[:-1], -1)
 
 
 def decoder_rows(config, source, lm_head):

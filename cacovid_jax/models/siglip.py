@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.models import attention, float8, hf_config, qwen2, video_llm
+from cacovid_jax.models import attention, hf_config, products, qwen2, video_llm
 from cacovid_jax.models import layers as layers_lib
 
 _FIXED = dict(
@@ -127,12 +127,12 @@ class LayerNorm(nn.Module):
 class SiglipLayer(qwen2.Part):
   """Pre-norm transformer block, bidirectional."""
 
-  float8: bool = False  # Whether products are those of `models.float8`.
+  float8: bool = False  # Whether products are in 8 bits, see `products`.
 
   @nn.nowrap
   def dense(self, size, name, use_bias):
     options = dict(use_bias=use_bias, dtype=self.dtype, name=name)
-    product = float8.dot_general if self.float8 else None
+    product = products.float8_dot_general if self.float8 else None
     return nn.Dense(size, dot_general=product, **options)
 
   @nn.compact

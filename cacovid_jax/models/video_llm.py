@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.models import attention, qwen2
 from cacovid_jax.models import layers as layers_lib
+from cacovid_jax.models import products, qwen2
 
 # What a vision tower can tell besides features, float32 on the token grid, of
 # its last layer, mean over heads. "vision_attention" [N]: attention that a
@@ -178,7 +178,7 @@ class VideoLLM(abc.ABC):
     return self
 
   def with_float8_tower(self, wanted: bool) -> "VideoLLM":
-    """Returns the model whose tower multiplies in 8 bits (`models.float8`).
+    """Returns the model whose tower multiplies in 8 bits (`models.products`).
 
     SigLIP's alone, where the device can.
     """
@@ -256,7 +256,7 @@ class VideoLLM(abc.ABC):
       raise ValueError(
         f"cache_length {cache_length} is below the {rows} prompt rows"
       )
-    padded = functools.partial(attention.padded_rows, backend=self.backend)
+    padded = functools.partial(products.padded_rows, backend=self.backend)
     more = padded(count, len(x), before) - count
     hidden, out = self.forward(
       params, jnp.pad(x, [(0, 0), (0, more), (0, 0)]),

@@ -195,7 +195,7 @@ def split(spec: str | os.PathLike) -> tuple[str, str]:
   The path may be the name of a checkpoint in the Hugging Face cache.
   """
   path, _, module = os.fspath(spec).partition("?module=")
-  return hub.find(path) or path, module
+  return hub.find(path), module
 
 
 def has_policy(spec: str | os.PathLike) -> bool:

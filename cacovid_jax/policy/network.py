@@ -28,8 +28,8 @@ import numpy as np
 from flax import traverse_util
 
 from cacovid_jax import errors
-from cacovid_jax.models import attention, placement, qwen2, token_grid
 from cacovid_jax.models import layers as layers_lib
+from cacovid_jax.models import placement, products, qwen2, token_grid
 
 _HEADS = ("token_compress", "frame_compress", "mode_selection")
 _PUBLIC = "compression_policy"
@@ -177,7 +177,7 @@ class Policy(nn.Module):
     """Returns float[L, D], the layer's output, without a causal mask."""
     cfg, llm = self.config, self.config.llm
     count = len(x)
-    more = attention.padded_rows(count, backend=cfg.backend) - count
+    more = products.padded_rows(count, backend=cfg.backend) - count
     if more:  # As the base model reads prompts.
       x = jnp.pad(x, [(0, more), (0, 0)])
       positions = jnp.pad(positions, [(0, 0), (0, more)])

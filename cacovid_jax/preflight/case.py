@@ -76,10 +76,7 @@ class Case:
   @functools.cached_property
   def benchmark(self):
     """The questions of the evaluation."""
-    evals = self.config.evals
-    return evaluation.load_benchmark(
-      self.experiment, evals.split, evals.num_questions
-    )
+    return evaluation.load_benchmark(self.experiment)
 
   @functools.cached_property
   def videos(self) -> list[str]:

@@ -272,7 +272,7 @@ def _batches(prompts, questions, size: int) -> Iterator[tuple[int, list[int]]]:
 def main(args):
   """Filters what the command line names."""
   config, out = args.config, args.config.blind.out
-  COMMAND.require(config, "model", "train", "out")
+  COMMAND.require(args, "model", "train", "out")
   stem = _stem(out, config_lib.train_files(config))
   with files.claim(out, hint="or give another --out"):
     _filter(config, stem)

@@ -195,18 +195,14 @@ def _loaded(store, rows, num_threads: int) -> Iterator:
 def main(args):
   """Encodes the clips that the command line names."""
   shard, config = shards.Shard.parse(args.shard), args.config
-  directory = config.data.feature_cache
-  if not directory:
-    raise errors.UserError(
-      "config.data.feature_cache is empty, so there is no cache to fill; add"
-      " --config.data.feature_cache=FOLDER"
-    )
+  COMMAND.require(args, "feature_cache")
   if args.questions not in ("training", "evaluation"):
     told = f"--questions={args.questions}: use training or evaluation"
     raise errors.UserError(told)
   # Other configs may fill the same cache at the same time.
   work = f"encode-{args.questions}-{config_lib.config_hash(config)}"
   role, hint = shard.file(work), "or share the work with --shard"
+  directory = config.data.feature_cache
   with files.claim(pathlib.Path(directory, role), what=directory, hint=hint):
     _encode(config, args.questions == "training", shard)
 
@@ -224,9 +220,7 @@ def _encode(config, training: bool, shard) -> None:
     processor = run_lib.make_processor(config, experiment.loaded.model)
     store = run_lib.open_store(experiment, processor, keep=1)
   else:
-    found = evaluation.load_benchmark(
-      experiment, config.evals.split, config.evals.num_questions
-    )
+    found = evaluation.load_benchmark(experiment)
     questions, store = found.questions, clip_queue.open_queue(experiment)
   report = encode(
     store,

@@ -37,7 +37,7 @@ COMMAND = command.Command(
 def main(args):
   """Prepares what the command line names."""
   config, data = args.config, args.config.data
-  COMMAND.require(config, "train", "media", "out")
+  COMMAND.require(args, "train", "media", "out")
   media = os.path.join(data.root, data.media)
   present, others, report = rows_lib.read(config, media)
   with progress_lib.Progress(len(present), description="rows") as bar:

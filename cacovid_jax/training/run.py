@@ -124,7 +124,7 @@ def with_total_steps(experiment, questions):
 
 def make_processor(config, model) -> processors.Processor:
   """Returns the processor of the checkpoint, with the config's pixel limits."""
-  data, path = config.data, hub.find(config.model.path) or ""
+  data, path = config.data, hub.find(config.model.path)
   found = model.read_processor(path) if os.path.isdir(path) else model.processor
   if found.one_grid and (data.min_pixels or data.max_pixels):
     raise errors.UserError(

@@ -84,8 +84,7 @@ def main(args) -> int:
     raise errors.UserError(f"--clips={args.clips}: there is no such file")
   where = ground.Ground(args.workdir, clips)
   path = where.workdir / "counts.jsonl"
-  mend = "or give another --workdir"
-  with answer_log.AnswerLog(path, {"experiment": "soak"}, mend=mend) as rows:
+  with reporting.ledger(path, {"experiment": "soak"}) as rows:
     for name in args.section:
       soak(name, where, rows, args.seed, args.count or SECTIONS[name].count)
     text = table(rows)

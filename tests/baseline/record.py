@@ -131,7 +131,7 @@ class Evaluation:
       }
       | {f"evals.{name}": value for name, value in fields.items()}
     )
-    found = evaluation.load_benchmark(made, made.config.evals.split)
+    found = evaluation.load_benchmark(made)
     parsed = [methods_lib.Method.parse(spec) for spec in methods]
     self._questions = found.questions
     engine = engine_lib.Engine.of(

@@ -9,8 +9,9 @@ from scipy import special
 
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import em, simple
-from tests.compressors import given, quick
+from tests.compressors import given, quick, selections
 
+unit = selections.unit
 GRID = (4, 2, 3)
 fit = quick.jit(em.fit, static_argnames="rounds")
 
@@ -18,11 +19,6 @@ fit = quick.jit(em.fit, static_argnames="rounds")
 def features_of(seed, scale=1.0):
   x = np.random.default_rng(seed).normal(size=[24, 8]) * scale
   return x.astype(np.float32)
-
-
-def unit(x):
-  norm = np.linalg.norm(x, axis=-1, keepdims=True)
-  return x / np.maximum(norm, 1e-6)
 
 
 def naive(features, num_keep, lam, rounds):

@@ -12,12 +12,8 @@ from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import framefusion
 from tests.compressors import decoder_loop, layerwise_test, quick
 
-GRID, NUM_VIDEO, LAYERS, NEW = (
-  layerwise_test.GRID,
-  layerwise_test.NUM_VIDEO,
-  layerwise_test.LAYERS,
-  layerwise_test.NEW,
-)
+GRID, NUM_VIDEO = layerwise_test.GRID, layerwise_test.NUM_VIDEO
+LAYERS, NEW = layerwise_test.LAYERS, layerwise_test.NEW
 T, PATCHES = 4, 6
 
 

@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from tests.compressors import given, quick
+from tests.compressors import given, quick, selections
 
+unit = selections.unit
 GRID = (4, 2, 3)
 AREA, NUM_VIDEO = 6, 24
-
-
-def unit(x):
-  norm = np.linalg.norm(x, axis=-1, keepdims=True)
-  return x / np.maximum(norm, 1e-6)
 
 
 def clustered(seed, noise=0.4, grid=GRID):

@@ -10,12 +10,8 @@ from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import prunevid
 from tests.compressors import decoder_loop, given, layerwise_test, quick, shares
 
-GRID, NUM_VIDEO, LAYERS, NEW = (
-  layerwise_test.GRID,
-  layerwise_test.NUM_VIDEO,
-  layerwise_test.LAYERS,
-  layerwise_test.NEW,
-)
+GRID, NUM_VIDEO = layerwise_test.GRID, layerwise_test.NUM_VIDEO
+LAYERS, NEW = layerwise_test.LAYERS, layerwise_test.NEW
 OPTIONS = {
   "prunevid": {"llm_stage": True, "frame_share": 0.5},
   "flashvid": {"num_segments": 1, "cut_below": -1.0},

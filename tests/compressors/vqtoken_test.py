@@ -11,14 +11,10 @@ from sklearn import metrics
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import simple, vqtoken
 from cacovid_jax.compressors.math import kmeans
-from tests.compressors import given, quick
+from tests.compressors import given, quick, selections
 
+unit = selections.unit
 GRID = (8, 2, 3)
-
-
-def unit(x):
-  norm = np.linalg.norm(x, axis=-1, keepdims=True)
-  return x / np.maximum(norm, 1e-6)
 
 
 def features_of(seed, num_video=48):

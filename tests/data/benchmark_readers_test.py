@@ -16,20 +16,8 @@ from cacovid_jax.data import readers
 from cacovid_jax.data.readers import mlvu, mvbench
 from cacovid_jax.evals import benchmarks
 from tests.data import benchmark_files
+from tests.data.readers_test import VIDEOMME
 
-VIDEOMME = {
-  "video_id": "007",
-  "duration": "medium",
-  "domain": "Knowledge",
-  "sub_category": "Astronomy",
-  "url": "https://example.org/w?v=AbC_12",
-  "videoID": "AbC_12",
-  "question_id": "007-2",
-  "task_type": "Counting Problem",
-  "question": "How many moons appear?",
-  "options": ["A. One.", "B. Two.", "C. Three.", "D. Four."],
-  "answer": "B",
-}
 MLVU = {
   "video_name": "plotQA_demo.mp4",
   "duration": 246.0,

@@ -18,10 +18,7 @@ DAMAGED = (
 NAMES = tuple(benchmark_files.LAYOUTS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_compilation():
-  with tiny.shared_programs():
-    yield
+pytestmark = pytest.mark.usefixtures("one_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +49,9 @@ def request_of(checkpoint_dir, folder):
       checkpoint=checkpoint_dir,
       methods=("uniform",),
       ratios=(0.25,),
-      num_frames=4,
       batch_size=4,
       max_new_tokens=2,
-      num_examples=0,
+      select_on="validation",
     )
     return tiny.experiment(workdir, **fields | changes)
 

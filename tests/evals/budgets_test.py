@@ -8,7 +8,6 @@ import pytest
 
 from cacovid_jax import compressors
 from cacovid_jax.evals import benchmarks, evaluation
-from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.policy import loading, network
 from tests.evals import tiny
@@ -41,10 +40,9 @@ def experiment(checkpoint_dir, data_dir, policy_path, tmp_path_factory):
     policies={"policy": policy_path},
     methods=("cacovid", f"sized={SIZED}"),
     ratios=(0.25, 0.1),
-    num_frames=4,
     batch_size=2,
     max_new_tokens=2,
-    num_examples=0,
+    select_on="validation",
   )
 
 
@@ -52,6 +50,13 @@ def experiment(checkpoint_dir, data_dir, policy_path, tmp_path_factory):
 def found(experiment):
   with tiny.shared_programs():
     yield evaluation.evaluate(experiment)
+
+
+@pytest.fixture
+def engine(experiment, checkpoint, data_dir):
+  questions = benchmarks.load(data_dir, "validation").questions
+  given = checkpoint, data_dir, questions, (2, 2)
+  return tiny.engine_of(*given, policies=experiment.policies)
 
 
 def test_thresholds_are_chosen_on_validation(experiment, found):
@@ -77,10 +82,7 @@ def test_thresholds_are_chosen_on_validation(experiment, found):
   assert len(kept) == 6 and cells["0.25"]["kept_tokens"] == np.mean(kept)
 
 
-def test_the_mean_on_validation_is_at_most_the_asked_share(
-  experiment, found, checkpoint, data_dir, checkpoint_dir
-):
-  engine = make_engine(experiment, checkpoint, data_dir, checkpoint_dir)
+def test_the_mean_on_validation_is_at_most_the_asked_share(found, engine):
   method = methods_lib.Method.parse(found["calibrated"]["sized"]["spec"])
   for ratio in (0.25, 0.1):
     condition = methods_lib.Condition(method, ratio)
@@ -89,25 +91,7 @@ def test_the_mean_on_validation_is_at_most_the_asked_share(
     assert ratio / 4 < mean <= ratio
 
 
-def make_engine(experiment, checkpoint, data_dir, checkpoint_dir):
-  source = tiny.open_store(
-    data_dir,
-    checkpoint.model,
-    checkpoint.params,
-    checkpoint.model.read_processor(checkpoint_dir),
-    num_frames=4,
-  )
-  settings = engine_lib.Settings(num_frames=4, batch_size=2, max_new_tokens=2)
-  questions = benchmarks.load(data_dir, "validation").questions
-  return engine_lib.Engine(
-    checkpoint, source, questions, settings, policies=experiment.policies
-  )
-
-
-def test_scores_are_of_each_ratio_and_of_one_program(
-  experiment, checkpoint, data_dir, checkpoint_dir, caplog
-):
-  engine = make_engine(experiment, checkpoint, data_dir, checkpoint_dir)
+def test_scores_are_of_each_ratio_and_of_one_program(engine, caplog):
   batch = engine.batch(engine.questions[:2])
   method = methods_lib.Method.parse("cacovid")
   policy = engine.policies["policy"]
@@ -133,10 +117,7 @@ def test_scores_are_of_each_ratio_and_of_one_program(
   assert "trained from 0.1 to 0.25: its scores at 0.5" in caplog.text
 
 
-def test_a_question_is_answered_from_rows_of_its_size(
-  experiment, checkpoint, data_dir, checkpoint_dir
-):
-  engine = make_engine(experiment, checkpoint, data_dir, checkpoint_dir)
+def test_a_question_is_answered_from_rows_of_its_size(engine):
   batch = engine.batch(engine.questions[:2])
   for threshold, rows in ((1.0, 4), (0.0, 64)):
     method = methods_lib.Method.parse(f"{SIZED}&threshold={threshold}")

@@ -18,3 +18,14 @@ def data_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(checkpoint_dir):
   return tiny.load_checkpoint(checkpoint_dir)
+
+
+@pytest.fixture(scope="session")
+def policy_file(tmp_path_factory, checkpoint):
+  return tiny.write_policy(tmp_path_factory.mktemp("policy"), checkpoint)
+
+
+@pytest.fixture(scope="module")
+def one_compilation():
+  with tiny.shared_programs():
+    yield

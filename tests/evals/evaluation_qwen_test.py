@@ -61,7 +61,6 @@ def request_of(directory, data):
       batch_size=4,
       max_new_tokens=NEW,
       num_examples=2,
-      select_on="none",
       **PIXELS,
     )
     return tiny.experiment(workdir, **fields | changes)

@@ -25,32 +25,22 @@ FILES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_compilation():
-  with tiny.shared_programs():
-    yield
+pytestmark = pytest.mark.usefixtures("one_compilation")
 
 
 @pytest.fixture(scope="module")
-def policy_path(checkpoint, tmp_path_factory):
-  return tiny.write_policy(
-    tmp_path_factory.mktemp("run") / "policy", checkpoint
-  )
-
-
-@pytest.fixture(scope="module")
-def request_of(checkpoint_dir, data_dir, policy_path):
+def request_of(checkpoint_dir, data_dir, policy_file):
   def make(workdir, **changes):
     fields = dict(
       data=data_dir,
       checkpoint=checkpoint_dir,
-      policies={"policy": policy_path},
+      policies={"policy": policy_file},
       methods=("cacovid", "last_query"),
       ratios=(0.1,),
-      num_frames=4,
       batch_size=4,
       max_new_tokens=3,
       num_examples=2,
+      select_on="validation",
     )
     return tiny.experiment(workdir, **fields | changes)
 
@@ -88,7 +78,7 @@ def test_decisive_tokens_of_other_frames_are_left_out(
     assert len(found.decisive) == len(found.questions) and not told
 
 
-def test_writes_its_files(finished, policy_path):
+def test_writes_its_files(finished, policy_file):
   workdir, out = finished
   assert {path.name for path in workdir.iterdir()} == FILES
   assert json.loads((workdir / "results.json").read_text()) == out

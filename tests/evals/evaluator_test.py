@@ -27,41 +27,21 @@ from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import prompts as prompts_lib
 from cacovid_jax.models import generation
-from cacovid_jax.policy import loading, network
 from tests.evals import tiny
 
 RATIOS = (0.25, 0.1)
-SETTINGS = engine_lib.Settings(num_frames=4, batch_size=4, max_new_tokens=3)
-
-
-def policy_of(checkpoint, seed=1):
-  module = network.Policy.from_llm_config(
-    checkpoint.model.config.text, num_halvings=2
-  )
-  make = jax.jit(module.init_from_llm)
-  params = make(jax.random.key(seed), checkpoint.params)
-  return loading.LoadedPolicy(module, params, f"seed {seed}")
+SIZES = (4, 3)  # Of a batch and of an answer.
 
 
 @pytest.fixture(scope="module")
-def shared(checkpoint, checkpoint_dir, data_dir):
+def shared(checkpoint, data_dir):
   """Returns the test split and its evaluator; programs compile once."""
   benchmark = benchmarks.load(data_dir, "test")
-  source = tiny.open_store(
-    data_dir,
-    checkpoint.model,
-    checkpoint.params,
-    checkpoint.model.read_processor(checkpoint_dir),
-    num_frames=4,
-  )
-  engine = engine_lib.Engine(
-    checkpoint,
-    source,
-    benchmark.questions,
-    SETTINGS,
-    policies={"policy": policy_of(checkpoint)},
+  engine = tiny.engine_of(
+    checkpoint, data_dir, benchmark.questions, SIZES,
+    policies={"policy": tiny.policy_of(checkpoint)},
     decisive=benchmark.decisive,
-  )
+  )  # fmt: skip
   return benchmark, evaluator_lib.Evaluator(engine)
 
 
@@ -111,17 +91,22 @@ def tabulate(
 @pytest.fixture(scope="module")
 def whole(shared, tmp_path_factory):
   """Returns the ledger of an evaluation with every method."""
-  benchmark, evaluator = shared
   path = tmp_path_factory.mktemp("whole") / "answers.jsonl"
-  answers = answer_log.AnswerLog(path, evaluator.identity(benchmark.questions))
-  cells = methods_lib.conditions(methods_of(*EVERY), RATIOS, (0, 1))
-  evaluator.run(benchmark.questions, cells, answers)
+  ask(shared, methods_of(*EVERY), path, seeds=(0, 1))
   return path
 
 
 def reopened(path, shared):
   benchmark, evaluator = shared
   return answer_log.AnswerLog(path, evaluator.identity(benchmark.questions))
+
+
+def ask(shared, methods, path=None, ratios=RATIOS, seeds=(0,)):
+  """Returns (failures, answers) of an evaluation."""
+  benchmark, evaluator = shared
+  cells = methods_lib.conditions(methods, ratios, seeds)
+  with reopened(path, shared) as answers:
+    return evaluator.run(benchmark.questions, cells, answers), answers
 
 
 def test_every_question_is_answered_by_every_method(shared, whole):
@@ -153,10 +138,8 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
   path = tmp_path / "answers.jsonl"
   # Killed within the second batch, in the middle of a line.
   path.write_bytes(b"".join(lines[:-3]) + lines[-3][:20])
-  answers = reopened(path, shared)
   methods = methods_of(*EVERY)
-  cells = methods_lib.conditions(methods, RATIOS, (0, 1))
-  evaluator.run(benchmark.questions, cells, answers)
+  _, answers = ask(shared, methods, path, seeds=(0, 1))
   assert path.read_bytes() == whole.read_bytes()
   again = tabulate(benchmark, evaluator, answers, methods)
   first = tabulate(benchmark, evaluator, reopened(whole, shared), methods)
@@ -164,10 +147,9 @@ def test_a_stopped_evaluation_goes_on_to_the_same_bytes(
 
 
 def test_a_complete_evaluation_computes_nothing(shared, whole):
-  benchmark, evaluator = shared
+  _, evaluator = shared
   before = dict(evaluator.engine.seconds)
-  cells = methods_lib.conditions(methods_of("random"), RATIOS, (0,))
-  evaluator.run(benchmark.questions, cells, reopened(whole, shared))
+  ask(shared, methods_of("random"), whole)
   assert dict(evaluator.engine.seconds) == before
 
 
@@ -199,7 +181,7 @@ def test_answers_to_a_changed_question_are_refused(shared, whole, change):
       evaluator.engine.checkpoint,
       evaluator.engine.source,
       [changed, *rest],
-      SETTINGS,
+      evaluator.engine.settings,
     )
     evaluator = evaluator_lib.Evaluator(engine)
   identity = evaluator.identity([changed, *rest])
@@ -251,11 +233,7 @@ def test_what_a_damaged_line_held_is_asked_again(shared, whole, tmp_path):
   aside = tmp_path / "answers.jsonl.damaged"
   assert aside.read_bytes() == half + changed
   path.write_bytes(b"".join([*lines[:5], half, *lines[6:]]))
-  benchmark, evaluator = shared
-  methods = methods_of(*EVERY)
-  cells = methods_lib.conditions(methods, RATIOS, (0, 1))
-  with reopened(path, shared) as answers:
-    evaluator.run(benchmark.questions, cells, answers)
+  ask(shared, methods_of(*EVERY), path, seeds=(0, 1))
   after = path.read_bytes().splitlines(keepends=True)
   assert after == [*lines[:5], *lines[6:], lines[5]]
 
@@ -311,19 +289,15 @@ def test_answers_equal_those_of_one_question_alone(shared, whole, checkpoint):
     assert answers[answer_log.Key(name, 0.1, 0, question.id)]["text"] == text
 
 
-def test_keeping_everything_answers_like_vanilla(shared, tmp_path):
-  benchmark, evaluator = shared
-  answers = answer_log.AnswerLog(
-    tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
-  )
+def test_keeping_everything_answers_like_vanilla(shared):
+  _, answers = ask(shared, methods_of("uniform"), ratios=(1.0,))
   cells = methods_lib.conditions(methods_of("uniform"), (1.0,), (0,))
-  evaluator.run(benchmark.questions, cells, answers)
-  for question in benchmark.questions:
+  for question in shared[0].questions:
     texts = [answers[cell.key(question.id)]["text"] for cell in cells]
     assert texts[0] == texts[1]
 
 
-def test_merged_rows_reach_the_model(shared, tmp_path, checkpoint):
+def test_merged_rows_reach_the_model(shared, checkpoint):
   """A method that changes the rows it keeps is answered from those rows."""
   benchmark, evaluator = shared
 
@@ -376,13 +350,8 @@ def test_bad_clips_count_as_wrong_and_are_listed(
     num_frames=4,
   )
   monkeypatch.setattr(evaluator.engine, "source", source)
-  answers = answer_log.AnswerLog(
-    tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
-  )
   methods = methods_of("random", "cacovid")
-  evaluator.run(
-    benchmark.questions, methods_lib.conditions(methods, RATIOS, (0,)), answers
-  )
+  _, answers = ask(shared, methods)
   table = tabulate(benchmark, evaluator, answers, methods, seeds=(0,))
   assert table["vanilla"]["n"] == len(benchmark.questions)
   assert [entry["reason"] for entry in table["unreadable"]] == [
@@ -492,7 +461,7 @@ def test_a_trained_method_follows_its_parameters(shared, tmp_path):
 def test_policies_by_name(shared, checkpoint, monkeypatch):
   benchmark, evaluator = shared
   question = benchmark.questions[0]
-  ours, paper = policy_of(checkpoint, 1), policy_of(checkpoint, 2)
+  ours, paper = tiny.policy_of(checkpoint, 1), tiny.policy_of(checkpoint, 2)
 
   def kept(spec, policies):
     monkeypatch.setattr(evaluator.engine, "policies", policies)
@@ -507,30 +476,13 @@ def test_policies_by_name(shared, checkpoint, monkeypatch):
     kept("cacovid?policy=theirs", both)
 
 
-def test_a_policy_that_gives_nan_is_refused(
-  shared, checkpoint, tmp_path, monkeypatch
-):
-  policy = policy_of(checkpoint)
+def test_a_policy_that_gives_nan_is_refused(shared, checkpoint, monkeypatch):
+  policy = tiny.policy_of(checkpoint)
   params = jax.tree.map(lambda p: p * jnp.nan, policy.params)
   broken = dataclasses.replace(policy, params=params)
-  benchmark, evaluator = shared
-  monkeypatch.setattr(evaluator.engine, "policies", {"policy": broken})
-  answers = answer_log.AnswerLog(
-    tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
-  )
-  cells = methods_lib.conditions(methods_of("cacovid"), (0.25,), (0,))
+  monkeypatch.setattr(shared[1].engine, "policies", {"policy": broken})
   with pytest.raises(errors.UserError, match="NaN"):
-    evaluator.run(benchmark.questions, cells, answers)
-
-
-def ask(shared, methods, path=None, ratios=RATIOS, seeds=(0,)):
-  """Returns (failures, answers) of an evaluation."""
-  benchmark, evaluator = shared
-  cells = methods_lib.conditions(methods, ratios, seeds)
-  identity = evaluator.identity(benchmark.questions)
-  with answer_log.AnswerLog(path, identity) as answers:
-    failures = evaluator.run(benchmark.questions, cells, answers)
-  return failures, answers
+    ask(shared, methods_of("cacovid"), ratios=(0.25,))
 
 
 def own(name, function, **fields):
@@ -702,7 +654,7 @@ def test_rows_of_a_reference_rounding(shared):
 
 
 def test_clips_bring_what_methods_read_of_the_tower(
-  shared, checkpoint, checkpoint_dir, data_dir
+  shared, checkpoint, data_dir
 ):
   """Attention and keys of the tower reach the method, clip by clip."""
   benchmark, evaluator = shared
@@ -712,21 +664,12 @@ def test_clips_bring_what_methods_read_of_the_tower(
 
   method = own("strongest", strongest, requires=frozenset(["vision_attention"]))
   assert methods_lib.wanted([method, *methods_of("uniform")]) == method.needs
-  with tiny.open_store(
-    data_dir,
-    checkpoint.model,
-    checkpoint.params,
-    checkpoint.model.read_processor(checkpoint_dir),
-    num_frames=4,
-    want=methods_lib.wanted([method]),
-  ) as source:
-    fresh = engine_lib.Engine(
-      checkpoint,
-      source,
-      benchmark.questions,
-      SETTINGS,
-      programs=evaluator.engine.programs,
-    )
+  fresh = tiny.engine_of(
+    checkpoint, data_dir, benchmark.questions, SIZES,
+    store={"want": methods_lib.wanted([method])},
+    programs=evaluator.engine.programs,
+  )  # fmt: skip
+  with fresh.source as source:
     question = benchmark.questions[2]
     found = fresh.answer(question, methods_lib.Condition(method, 0.1))
     paid = source[question.video].extras["vision_attention"]
@@ -748,19 +691,13 @@ def test_features_that_are_not_finite_are_refused_by_name(shared, monkeypatch):
     ask(shared, methods_of("uniform"))
 
 
-def test_mistakes_are_one_line_before_anything_runs(
-  shared, tmp_path, monkeypatch
-):
-  benchmark, evaluator = shared
+def test_mistakes_are_one_line_before_anything_runs(shared, monkeypatch):
+  _, evaluator = shared
   monkeypatch.setattr(evaluator.engine, "policies", {})
   monkeypatch.setattr(evaluator.engine, "seconds", {})
-  answers = answer_log.AnswerLog(
-    tmp_path / "a.jsonl", evaluator.identity(benchmark.questions)
-  )
 
   def run(name, ratio):
-    cells = methods_lib.conditions(methods_of(name), (ratio,), (0,))
-    evaluator.run(benchmark.questions, cells, answers)
+    ask(shared, methods_of(name), ratios=(ratio,))
 
   with pytest.raises(errors.UserError, match="needs a trained policy"):
     run("cacovid", 0.1)
@@ -835,7 +772,7 @@ def test_free_form_answers_belong_to_the_words_that_they_are_scored_by(shared):
   scores = {}
   for rouge in ("unicode", "public"):
     changed = copy.copy(evaluator.engine)
-    changed.settings = dataclasses.replace(SETTINGS, rouge=rouge)
+    changed.settings = dataclasses.replace(changed.settings, rouge=rouge)
     other = evaluator_lib.Evaluator(changed)
     # Logs of earlier versions say nothing of the public words.
     told = None if rouge == "public" else rouge
@@ -850,7 +787,7 @@ def test_a_record_says_by_what_an_answer_was_read(shared):
     benchmark.questions[0], options=("red", "blue"), answer="B"
   )
   changed = copy.copy(evaluator.engine)
-  changed.settings = dataclasses.replace(SETTINGS, rule="own")
+  changed.settings = dataclasses.replace(changed.settings, rule="own")
   other = evaluator_lib.Evaluator(changed)
   found = other._record(question, "Answer: B", "")
   assert (found["letter"], found["score"]) == ("B", 1.0)

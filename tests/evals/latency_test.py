@@ -9,19 +9,9 @@ from tests.evals import tiny
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint, checkpoint_dir, data_dir):
-  benchmark = benchmarks.load(data_dir, "test")
-  source = tiny.open_store(
-    data_dir,
-    checkpoint.model,
-    checkpoint.params,
-    checkpoint.model.read_processor(checkpoint_dir),
-    num_frames=tiny.FRAMES,
-  )
-  settings = engine_lib.Settings(num_frames=4, batch_size=1, max_new_tokens=1)
-  return benchmark.questions, engine_lib.Engine(
-    checkpoint, source, benchmark.questions, settings
-  )
+def engine(checkpoint, data_dir):
+  questions = benchmarks.load(data_dir, "test").questions
+  return questions, tiny.engine_of(checkpoint, data_dir, questions, (1, 1))
 
 
 def test_what_a_method_reads_is_counted_once(engine, monkeypatch):

@@ -26,23 +26,19 @@ METHODS = (
 
 
 @pytest.fixture(scope="module")
-def asked(checkpoint_dir, checkpoint, data_dir, tmp_path_factory):
+def asked(checkpoint_dir, data_dir, policy_file):
   """Returns a function of a mesh: {(method, question): answer}."""
-  policy = tiny.write_policy(tmp_path_factory.mktemp("p") / "p", checkpoint)
 
   def ask(workdir, **mesh):
     experiment = tiny.experiment(
       workdir,
       data=data_dir,
       checkpoint=checkpoint_dir,
-      policies={"policy": policy},
+      policies={"policy": policy_file},
       methods=METHODS,
       ratios=(0.5,),
-      num_frames=tiny.FRAMES,
       batch_size=4,
       max_new_tokens=2,
-      select_on="none",
-      num_examples=0,
       **mesh,
     )
     evaluation.evaluate(experiment)
@@ -108,7 +104,6 @@ def test_one_question_is_answered_on_a_mesh(checkpoint_dir, tmp_path):
   for model, layers in itertools.product((1, 2), ("stacked", "separate")):
     made = tiny.experiment(
       None,
-      num_frames=tiny.FRAMES,
       checkpoint=checkpoint_dir,
       max_new_tokens=2,
       methods=("uniform",),

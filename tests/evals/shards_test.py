@@ -15,20 +15,11 @@ from cacovid_jax.evals import evaluator as evaluator_lib
 from tests.evals import tiny
 
 CHOSEN = dict(
-  methods=("random",),
-  ratios=(0.25,),
-  num_frames=4,
-  batch_size=2,
-  max_new_tokens=3,
-  num_examples=0,
-  select_on="none",
+  methods=("random",), ratios=(0.25,), batch_size=2, max_new_tokens=3
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_compilation():
-  with tiny.shared_programs():
-    yield
+pytestmark = pytest.mark.usefixtures("one_compilation")
 
 
 def request_of(workdir, checkpoint_dir, data_dir, **changes):
@@ -288,4 +279,4 @@ def test_a_request_checks_its_shard(checkpoint_dir, data_dir, tmp_path):
     evaluation.evaluate(
       request_of(tmp_path, checkpoint_dir, data_dir, shard=(2, 2))
     )
-  assert tiny.FRAMES == CHOSEN["num_frames"]
+  assert tiny.FRAMES == 4

@@ -13,10 +13,8 @@ from cacovid_jax.data import answer_log
 from cacovid_jax.evals import evaluation, throughput
 from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.inference import device_watch
-from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from tests.evals import tiny
-from tests.evals.evaluator_test import policy_of
 
 # A policy, draws, and a choice inside the language model.
 METHODS = ("cacovid", "random", "fastv?layer=1")
@@ -32,9 +30,8 @@ def nine(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ask(nine, checkpoint, checkpoint_dir, tmp_path_factory):
+def ask(nine, policy_file, checkpoint_dir, tmp_path_factory):
   """Returns f(batch size, ...) -> (lines of answers, results, timings)."""
-  policy = tiny.write_policy(tmp_path_factory.mktemp("p") / "p", checkpoint)
 
   def ask(batch_size, workdir=None):
     workdir = workdir or tmp_path_factory.mktemp("asked")
@@ -42,14 +39,11 @@ def ask(nine, checkpoint, checkpoint_dir, tmp_path_factory):
       workdir,
       data=nine,
       checkpoint=checkpoint_dir,
-      policies={"policy": policy},
+      policies={"policy": policy_file},
       methods=METHODS,
       ratios=(0.5,),
-      num_frames=tiny.FRAMES,
       batch_size=batch_size,
       max_new_tokens=2,
-      select_on="none",
-      num_examples=0,
     )
     evaluation.evaluate(experiment)
     lines = (workdir / "answers.jsonl").read_text().splitlines()[1:]
@@ -101,20 +95,14 @@ def test_what_is_known_is_not_counted(ask, tmp_path, capfd):
 
 
 @pytest.fixture
-def evaluator(checkpoint, checkpoint_dir, data_dir):
+def evaluator(checkpoint, data_dir):
   """Returns the evaluator of six questions in batches of two, in flight."""
   questions = evaluation.benchmarks.load(data_dir, "test").questions
-  with tiny.open_store(
-    data_dir,
-    checkpoint.model,
-    checkpoint.params,
-    checkpoint.model.read_processor(checkpoint_dir),
-    num_frames=tiny.FRAMES,
-    watch=device_watch.DeviceWatch(),
-  ) as source:
-    settings = engine_lib.Settings(tiny.FRAMES, 2, 2)
-    with tiny.shared_programs():
-      engine = engine_lib.Engine(checkpoint, source, questions, settings)
+  store = {"watch": device_watch.DeviceWatch()}
+  given = checkpoint, data_dir, questions, (2, 2)
+  with tiny.shared_programs():
+    engine = tiny.engine_of(*given, store=store)
+  with engine.source:
     yield evaluator_lib.Evaluator(engine)
 
 
@@ -174,7 +162,7 @@ def test_scores_that_are_not_finite_are_told_when_they_are_read(
   evaluator, checkpoint
 ):
   """The failure is the first batch's, though the second one was asked."""
-  policy = policy_of(checkpoint)
+  policy = tiny.policy_of(checkpoint)
   params = jax.tree.map(lambda x: x * jnp.nan, policy.params)
   broken = dataclasses.replace(policy, params=params)
   evaluator.engine.policies = {"policy": broken}

@@ -18,6 +18,7 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import frames
 from cacovid_jax.inference import clip_queue, clips
+from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import (
   checkpoints,
@@ -63,9 +64,11 @@ def experiment(workdir, *, shard=(0, 1), **options):
   """
   changes = {
     "model.dtype": "float32",
-    "data.num_frames": 16,
+    "data.num_frames": FRAMES,
     "evals.methods": ("random", "uniform", "divprune", "density_peaks"),
+    "evals.num_examples": 0,
     "evals.oracles": (),
+    "evals.select_on": "none",
     "mesh.data": 1,
   }
   for name, value in options.items():
@@ -113,15 +116,21 @@ def write_tokenizer(directory: pathlib.Path):
   return config, tokenizer
 
 
+def policy_of(checkpoint, seed=1) -> loading.LoadedPolicy:
+  """Returns a policy of random heads."""
+  llm = checkpoint.model.config.text
+  module = network.Policy.from_llm_config(llm, num_halvings=2)
+  make = jax.jit(module.init_from_llm)
+  params = make(jax.random.key(seed), checkpoint.params)
+  return loading.LoadedPolicy(module, params, f"seed {seed}")
+
+
 def write_policy(directory: pathlib.Path, checkpoint, seed=1) -> str:
   """Writes a policy as training exports it; returns the file's path."""
-  llm = checkpoint.model.config.text
-  policy = network.Policy.from_llm_config(llm, num_halvings=2)
-  make = jax.jit(policy.init_from_llm)
-  params = make(jax.random.key(seed), checkpoint.params)
+  policy = policy_of(checkpoint, seed)
   directory.mkdir(exist_ok=True)
   path = directory / "policy.safetensors"
-  loading.save(path, policy, params)
+  loading.save(path, policy.module, policy.params)
   return str(path)
 
 
@@ -266,3 +275,15 @@ def open_store(root, model, params, processor, *, num_frames, **options):
   rule = options.pop("rule", frames.FrameRule(num_frames))
   reader = clips.ClipReader(str(root), processor, rule, **reading)
   return clip_queue.ClipQueue(reader, model, params, **options)
+
+
+def engine_of(checkpoint, data, questions, sizes, *, store=None, **options):
+  """Returns an engine of clips below a folder, options of both apart.
+
+  `sizes` are those of a batch and of an answer.
+  """
+  model, settings = checkpoint.model, engine_lib.Settings(FRAMES, *sizes)
+  processor = model.read_processor(checkpoint.identity["path"])
+  given = data, model, checkpoint.params, processor
+  source = open_store(*given, num_frames=FRAMES, **(store or {}))
+  return engine_lib.Engine(checkpoint, source, questions, settings, **options)

@@ -9,7 +9,6 @@ from cacovid_jax.data import answer_log
 from cacovid_jax.evals import benchmarks, results
 from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.evals.report import viewer
-from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.policy import loading
 from tests.evals import tiny
@@ -27,24 +26,15 @@ METHODS = (
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint, checkpoint_dir, data_dir, tmp_path_factory):
-  path = tiny.write_policy(tmp_path_factory.mktemp("policy"), checkpoint)
+def engine(checkpoint, data_dir, policy_file):
   benchmark = benchmarks.load(data_dir, "test")
-  with tiny.open_store(
-    benchmark.root,
-    checkpoint.model,
-    checkpoint.params,
-    checkpoint.model.read_processor(checkpoint_dir),
-    num_frames=tiny.FRAMES,
-  ) as source:
-    yield engine_lib.Engine(
-      checkpoint,
-      source,
-      benchmark.questions,
-      engine_lib.Settings(tiny.FRAMES, batch_size=4, max_new_tokens=3),
-      policies={"policy": loading.load_policy(path, checkpoint)},
-      decisive=benchmark.decisive,
-    )
+  made = tiny.engine_of(
+    checkpoint, data_dir, benchmark.questions, (4, 3),
+    policies={"policy": loading.load_policy(policy_file, checkpoint)},
+    decisive=benchmark.decisive,
+  )  # fmt: skip
+  with made.source:
+    yield made
 
 
 @pytest.fixture(scope="module")

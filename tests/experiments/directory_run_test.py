@@ -136,7 +136,7 @@ def test_a_stage_that_goes_wrong_is_the_last(tmp_path, capsys):
 
 
 def test_too_few_steps_and_no_workdir_are_one_line(tmp_path):
-  with pytest.raises(errors.UserError, match="no workdir given"):
+  with pytest.raises(errors.UserError, match="which workdir"):
     commands.run(directory_run)
   with pytest.raises(errors.UserError, match="--stop_after=3: .* at most 2"):
     commands.run(directory_run, workdir=tmp_path, stop_after=3)

@@ -5,32 +5,21 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import traverse_util
 
 from cacovid_jax import errors
 from cacovid_jax.models import checkpoints, processors, qwen2_5_vl
-from cacovid_jax.policy import network, selection
+from cacovid_jax.policy import selection
 from experiments import precision_overlap
 from tests.evals import tiny
 from tests.experiments import commands
+from tests.policy.storage_test import (  # noqa: F401
+  CONFIG,
+  POLICY,
+  fixture_params,
+)
 
-CONFIG = network.PolicyConfig.tiny()
-POLICY = network.Policy(CONFIG)
 GRID = (4, 3, 5)
 RATIOS = (0.1, 0.4)
-
-
-@pytest.fixture(name="params", scope="module")
-def fixture_params():
-  """Returns parameters of which no value is a bfloat16."""
-  rng = np.random.default_rng(0)
-  return traverse_util.unflatten_dict(
-    {
-      path: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32)
-      for path, shape in network.shapes(CONFIG).items()
-    },
-    sep="/",
-  )
 
 
 @pytest.fixture(name="prompts", scope="module")

@@ -31,16 +31,7 @@ QUESTION = "What colour is <b>it</b>?"
 NEW = 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_compilation():
-  with tiny.shared_programs():
-    yield
-
-
-@pytest.fixture(scope="module")
-def policy(checkpoint, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("policy")
-  return tiny.write_policy(folder / "policy", checkpoint)
+pytestmark = pytest.mark.usefixtures("one_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +42,9 @@ def clip(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def answerer(checkpoint_dir, policy):
+def answerer(checkpoint_dir, policy_file):
   with answerer_lib.Answerer(
-    checkpoint_dir, policy, num_frames=tiny.FRAMES, max_new_tokens=NEW
+    checkpoint_dir, policy_file, num_frames=tiny.FRAMES, max_new_tokens=NEW
   ) as made:
     yield made
 
@@ -371,7 +362,7 @@ def test_a_clip_of_which_too_much_is_replaced_is_named(
 
 
 def test_learned_methods_say_where_a_policy_comes_from(
-  checkpoint_dir, clip, policy, monkeypatch, tmp_path
+  checkpoint_dir, clip, policy_file, monkeypatch, tmp_path
 ):
   monkeypatch.setattr(experiment_lib, "SHIPPED_MODEL", checkpoint_dir)
   monkeypatch.setattr(experiment_lib, "SHIPPED_POLICY", tmp_path / "none")
@@ -382,7 +373,7 @@ def test_learned_methods_say_where_a_policy_comes_from(
     with pytest.raises(errors.UserError, match="give that of this model"):
       own.ask(clip, QUESTION)
   # A shipped policy is taken with the shipped model, and with no other.
-  folder = pathlib.Path(policy).parent
+  folder = pathlib.Path(policy_file).parent
   monkeypatch.setattr(experiment_lib, "SHIPPED_POLICY", folder)
   with answerer_lib.Answerer() as shipped:
     assert list(shipped.policies) == ["policy"]
@@ -459,12 +450,12 @@ def test_the_shipped_model_answers_about_a_drawn_clip(
   assert f"{question.answer} (" in out
 
 
-def test_command(checkpoint_dir, policy, clip, tmp_path, capsys):
+def test_command(checkpoint_dir, policy_file, clip, tmp_path, capsys):
   report = tmp_path / "new" / "r.html"
   short = tmp_path / "short.mp4"
   tiny.write_clip(short, seed=1, num_frames=2)
   words = [
-    f"--model={checkpoint_dir}", f"--policy={policy}", f"--video={short}",
+    f"--model={checkpoint_dir}", f"--policy={policy_file}", f"--video={short}",
     "--question=What colour is [it]?", "--options=red,blue,green",
     "--compare=0.25", "--num_frames=4", f"--max_new_tokens={NEW}",
     f"--report={report}",

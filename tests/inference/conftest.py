@@ -1,5 +1,3 @@
 """The tiny checkpoint and benchmark of the evaluation tests."""
 
-from tests.evals.conftest import checkpoint, checkpoint_dir, data_dir
-
-__all__ = ["checkpoint", "checkpoint_dir", "data_dir"]
+from tests.evals.conftest import *  # noqa: F403

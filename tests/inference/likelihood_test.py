@@ -9,28 +9,16 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax.evals import benchmarks
-from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from tests.evals import tiny
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint, checkpoint_dir, data_dir):
-  with tiny.open_store(
-    data_dir,
-    checkpoint.model,
-    checkpoint.params,
-    checkpoint.model.read_processor(checkpoint_dir),
-    num_frames=tiny.FRAMES,
-  ) as source:
-    yield engine_lib.Engine(
-      checkpoint,
-      source,
-      benchmarks.load(data_dir, "test").questions,
-      engine_lib.Settings(
-        num_frames=tiny.FRAMES, batch_size=2, max_new_tokens=5
-      ),
-    )
+def engine(checkpoint, data_dir):
+  questions = benchmarks.load(data_dir, "test").questions
+  made = tiny.engine_of(checkpoint, data_dir, questions, (2, 5))
+  with made.source:
+    yield made
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -11,15 +11,10 @@ from cacovid_jax import errors
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import benchmarks
 from cacovid_jax.evals import evaluator as evaluator_lib
-from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.integrations.lmms_eval import answerer, arguments, requests
 from tests.evals import tiny
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_compilation():
-  with tiny.shared_programs():
-    yield
+pytestmark = pytest.mark.usefixtures("one_compilation")
 
 
 @pytest.fixture(scope="module")
@@ -55,40 +50,25 @@ def _asked(questions, data_dir):
   ]
 
 
-def _evaluated(checkpoint, checkpoint_dir, data_dir, questions, model, length):
+def _evaluated(checkpoint, data_dir, questions, model, length):
   """Returns {id: record} of an evaluation that knows nothing of requests."""
-  with tiny.open_store(
-    data_dir,
-    checkpoint.model,
-    checkpoint.params,
-    checkpoint.model.read_processor(checkpoint_dir),
-    num_frames=tiny.FRAMES,
-  ) as source:
-    engine = engine_lib.Engine(
-      checkpoint,
-      source,
-      questions,
-      engine_lib.Settings(
-        num_frames=tiny.FRAMES, batch_size=2, max_new_tokens=length
-      ),
-      policies=model._policies,
-    )
+  given = checkpoint, data_dir, questions, (2, length)
+  engine = tiny.engine_of(*given, policies=model._policies)
+  answers = answer_log.AnswerLog(None, {})
+  with engine.source:
     evaluator = evaluator_lib.Evaluator(engine)
-    answers = answer_log.AnswerLog(None, {})
     evaluator.run(questions, [model.condition], answers)
-    return {q.id: answers[model.condition.key(q.id)] for q in questions}
+  return {q.id: answers[model.condition.key(q.id)] for q in questions}
 
 
 def test_answers_are_those_of_an_evaluation_in_the_order_asked(
-  make, questions, data_dir, checkpoint, checkpoint_dir
+  make, questions, data_dir, checkpoint
 ):
   model = make(method="cacovid", ratio=0.25, batch_size=2)
   asked = _asked(questions, data_dir)
   order = [3, 0, 5, 1, 0, 4, 2]
   replies = model.generate([asked[i] for i in order], [6] * len(order))
-  expected = _evaluated(
-    checkpoint, checkpoint_dir, data_dir, questions, model, 6
-  )
+  expected = _evaluated(checkpoint, data_dir, questions, model, 6)
   assert len({record["text"] for record in expected.values()}) > 1
   encode = checkpoint.tokenizer.encode
   for place, reply in zip(order, replies, strict=True):

@@ -1,25 +1,3 @@
-"""The tiny checkpoint of the evaluation tests, with a policy of its own."""
+"""The tiny checkpoint and benchmark of the evaluation tests."""
 
-import pytest
-
-from tests.evals import tiny
-
-
-@pytest.fixture(scope="session")
-def checkpoint_dir(tmp_path_factory):
-  return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="session")
-def checkpoint(checkpoint_dir):
-  return tiny.load_checkpoint(checkpoint_dir)
-
-
-@pytest.fixture(scope="session")
-def policy_file(tmp_path_factory, checkpoint):
-  return tiny.write_policy(tmp_path_factory.mktemp("policy"), checkpoint)
-
-
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-  return tiny.write_data(tmp_path_factory.mktemp("blocks"))
+from tests.evals.conftest import *  # noqa: F403

@@ -72,7 +72,7 @@ def test_nobody_has_a_home(monkeypatch):
   monkeypatch.delenv("HOME")
   monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
   assert hub.cache() == pathlib.Path("~/hub")
-  assert hub.find("org/unknown") is None
+  assert hub.find("org/unknown") == "org/unknown"
 
 
 def test_a_name_is_the_snapshot_of_main(folder):
@@ -168,7 +168,7 @@ def test_the_rest_of_an_earlier_attempt_does_not_count(folder):
 
 
 def test_an_unknown_name_tells_where_was_looked(folder, tmp_path):
-  assert hub.find("org/unknown") is None
+  assert hub.find("org/unknown") == "org/unknown"
   with pytest.raises(errors.UserError) as caught:
     checkpoints.load("org/unknown")
   told = str(caught.value)

@@ -12,12 +12,12 @@ import pytest
 
 from cacovid_jax import compressors
 from cacovid_jax.models import (
-  attention,
   checkpoints,
   generation,
   layers,
   llava_onevision,
   processors,
+  products,
   qwen2_5_vl,
 )
 from cacovid_jax.parallel import mesh as mesh_lib
@@ -238,10 +238,10 @@ def test_rows_that_a_gpu_wants_change_no_answer(kind, monkeypatch):
     return (logits, out, keys, behind), ids, layers.joined(cache.keys)
 
   plain, ids, keys = jax.jit(answers)(params, x)
-  real = attention.padded_rows
+  real = products.padded_rows
   assert real(11) == 11
   monkeypatch.setattr(
-    attention,
+    products,
     "padded_rows",
     lambda *args, backend: real(*args, backend="cudnn"),
   )
@@ -256,10 +256,10 @@ def test_rows_that_a_gpu_wants_change_no_answer(kind, monkeypatch):
 
 
 def test_rows_that_a_gpu_wants():
-  wanted = functools.partial(attention.padded_rows, backend="cudnn")
+  wanted = functools.partial(products.padded_rows, backend="cudnn")
   assert [wanted(n) for n in (1, 8, 703, 1644)] == [8, 8, 704, 1648]
   # Of several prompts, even ones whose rows together are multiples of eight.
   assert [wanted(203, n) for n in (2, 4, 8, 32)] == [204, 204, 204, 204]
   assert wanted(100, 32, before=3) == 101  # Keys are even, not these rows.
   assert wanted(100, 1, before=3) == 104  # Products count more.
-  assert attention.padded_rows(703, backend="xla") == 703
+  assert products.padded_rows(703, backend="xla") == 703

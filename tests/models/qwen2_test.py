@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from cacovid_jax import errors
-from cacovid_jax.models import attention, llava_onevision, qwen2, rope
+from cacovid_jax.models import attention, llava_onevision, products, qwen2, rope
 
 CONFIG = qwen2.Qwen2Config.tiny()
 MODEL = qwen2.Qwen2(CONFIG)
@@ -179,7 +179,7 @@ class Qwen2Test(parameterized.TestCase):
     model, hidden = qwen2.Qwen2(CONFIG, jnp.bfloat16), _inputs()[0][:1, 0]
     hidden = hidden.astype(jnp.bfloat16)
     table = _params()["params"]["lm_head"].astype(jnp.bfloat16)
-    found = qwen2.logits_of_one_row(hidden, table)
+    found = products.of_one_row(hidden, table)
     expected = np.float64(hidden) @ np.float64(table).T
     np.testing.assert_allclose(found, expected, atol=1e-5)
     head = jax.jit(functools.partial(model.apply, method="logits"))

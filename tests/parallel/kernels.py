@@ -19,5 +19,5 @@ def stand_in(monkeypatch) -> list[tuple[int, int]]:
 
   monkeypatch.setattr(attention, "_cudnn", cudnn)
   monkeypatch.setattr(attention, "_cudnn_can", lambda q, k, mask: True)
-  monkeypatch.setattr(attention, "_flash_backend", lambda: "cudnn")
+  monkeypatch.setattr(attention, "flash_backend", lambda: "cudnn")
   return heads

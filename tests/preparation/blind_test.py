@@ -14,9 +14,10 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import readers
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.models import checkpoints, qwen2_5_vl
+from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import blind_filter as blind
 from tests.data import tokenizers_for_tests as toks
+from tests.evals import tiny
 
 NEW = 5
 SETTINGS = blind.BlindSettings(batch_size=2, max_new_tokens=NEW)
@@ -131,22 +132,7 @@ def test_answers_are_those_of_a_plain_loop_over_prompts_without_video(
 
 
 def test_a_model_with_three_rows_of_positions(tmp_path):
-  directory = toks.write_qwen(tmp_path)
-  token_id = checkpoints._tokenizer(directory).token_id
-  base = qwen2_5_vl.Qwen2_5VLConfig.tiny()
-  config = dataclasses.replace(
-    base,
-    text=dataclasses.replace(base.text, vocab_size=320),
-    image_token_id=token_id("<|image_pad|>"),
-    video_token_id=token_id("<|video_pad|>"),
-    vision_start_token_id=token_id("<|vision_start|>"),
-    vision_end_token_id=token_id("<|vision_end|>"),
-  )
-  params = jax.jit(qwen2_5_vl.Qwen2_5VLModel(config).init)(jax.random.key(0))
-  ends = [token_id("<|im_end|>")]
-  checkpoints.save(
-    directory, config, params, eos_ids=ends, pad_id=token_id("<|endoftext|>")
-  )
+  directory = tiny.write_qwen_checkpoint(tmp_path)
   checkpoint = checkpoints.load(directory)
   rows = readers.read_video_r1(write(tmp_path / "train.json", ROWS[2:4]))
   turns = [

@@ -172,7 +172,7 @@ def test_encode_features(tmp_path, root, capsys):
     "  config.rollout.reward = 'accuracy'\n"
     "  return config\n"
   )
-  with pytest.raises(errors.UserError, match="there is no cache to fill"):
+  with pytest.raises(errors.UserError, match="says which feature_cache"):
     run(encode_features, f"--config={config}")
   for text in ("1", "a/b"):
     with pytest.raises(errors.UserError, match="give I/N"):

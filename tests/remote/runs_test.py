@@ -168,11 +168,8 @@ def request_of(tmp_path_factory):
     "checkpoint": tiny_evals.write_checkpoint(folder / "checkpoint"),
     "methods": ("random",),
     "ratios": (0.25,),
-    "num_frames": 4,
     "batch_size": 2,
     "max_new_tokens": 3,
-    "num_examples": 0,
-    "select_on": "none",
   }
   with tiny_evals.shared_programs():
     yield lambda workdir, **options: tiny_evals.experiment(

@@ -102,11 +102,8 @@ def test_a_file_of_ones_own_is_trained_evaluated_and_recorded(
     policies={"policy": spec},
     methods=("cacovid",),
     ratios=(0.1,),
-    num_frames=4,
     batch_size=2,
     max_new_tokens=2,
-    num_examples=0,
-    select_on="none",
   )
   out = evaluation.evaluate(experiment)
   assert out["methods"]["cacovid"]["0.10"]["kept_tokens"] == 6

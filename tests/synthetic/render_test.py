@@ -6,12 +6,7 @@ import jax
 import numpy as np
 
 from cacovid_jax.synthetic import losses, render, world
-
-
-def scene_of(variant="dense", seed=0):
-  return world.sample_scene(
-    np.random.default_rng(seed), world.VARIANTS[variant]
-  )
+from tests.synthetic.world_test import scene_of
 
 
 def test_all_sprites_differ():

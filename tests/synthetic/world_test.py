@@ -10,7 +10,7 @@ from cacovid_jax.synthetic import render, world
 VARIANTS = sorted(world.VARIANTS)
 
 
-def scene_of(variant, seed=0):
+def scene_of(variant="dense", seed=0):
   return world.sample_scene(
     np.random.default_rng(seed), world.VARIANTS[variant]
   )

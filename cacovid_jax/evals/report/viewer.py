@@ -225,10 +225,7 @@ def _by_turns(questions):
 def frames(examples: Sequence[Example]) -> list[list[dict[str, Any]]]:
   """Returns what the template shows of each example's frames."""
   pictures = _pictures([example.slices for example in examples])
-  return [
-    _frames(example, images)
-    for example, images in zip(examples, pictures, strict=True)
-  ]
+  return list(map(_frames, examples, pictures))
 
 
 def _frames(example, images) -> list[dict[str, Any]]:

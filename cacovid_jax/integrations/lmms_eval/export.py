@@ -13,7 +13,7 @@ import json
 import os
 import pathlib
 
-from cacovid_jax import command, errors, files, terminal
+from cacovid_jax import command, files, terminal
 from cacovid_jax.evals import benchmarks
 from cacovid_jax.integrations.lmms_eval import functions
 
@@ -46,9 +46,7 @@ def main(args):
   if not evals.benchmark:
     print(TASKS)
     return
-  for name, folder in (("data", data.root), ("out", args.out)):
-    if not folder:
-      raise errors.UserError(f"nothing says which {name}: add --{name}=FOLDER")
+  COMMAND.require(args, "data", "out")
   asked = {"benchmark": evals.benchmark, "split": evals.split}
   path = write(data.root, args.out, media=data.media, **asked)
   terminal.tell(f"{path} (task {path.stem})")

@@ -133,8 +133,6 @@ def expected(fixtures, tmp_path_factory):
         batch_size=_BATCH_SIZE,
         max_new_tokens=_LENGTH,
         rule=_RULE,
-        select_on="none",
-        num_examples=0,
       )
     )
     found[name] = out, conftest.read_answers(workdir / name)

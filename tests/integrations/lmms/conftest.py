@@ -62,8 +62,6 @@ def evaluated(data_dir, tmp_path_factory):
       ratios=(0.1,),
       num_frames=16,
       batch_size=BATCH_SIZE,
-      select_on="none",
-      num_examples=0,
     )
   )
   return out, read_answers(workdir)

@@ -13,20 +13,20 @@ import pytest
 from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
-from cacovid_jax.models import checkpoints, float8, processors, video_llm
+from cacovid_jax.models import checkpoints, processors, products, video_llm
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "llava_onevision_tiny"
 
 
 def test_values_are_the_nearest_that_the_type_has():
   x = np.float32([0, 1.06, -0.3, 447, 500, -1e9, 2**-9, 3e-4])
-  found = float8.rounded(jnp.asarray(x))
+  found = products.float8(jnp.asarray(x))
   nearest = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn)
   np.testing.assert_array_equal(found, nearest.astype(np.float32))
   # A small weight keeps three bits where it is scaled, and none without.
   small = jnp.float32(5e-4)
-  assert abs(float8.rounded(small, 64.0) / small - 1) < 2**-4
-  assert abs(float8.rounded(small) / small - 1) > 0.1
+  assert abs(products.float8(small, 64.0) / small - 1) < 2**-4
+  assert abs(products.float8(small) / small - 1) > 0.1
 
 
 def test_a_product_is_that_of_rounded_values():
@@ -34,7 +34,7 @@ def test_a_product_is_that_of_rounded_values():
   x = rng.standard_normal((3, 5, 16)).astype(np.float32)
   w = 0.03 * rng.standard_normal((16, 7)).astype(np.float32)
   dims = (((2,), (0,)), ((), ()))
-  found = jax.jit(lambda x, w: float8.dot_general(x, w, dims))(x, w)
+  found = jax.jit(lambda x, w: products.float8_dot_general(x, w, dims))(x, w)
   kind, expected = ml_dtypes.float8_e4m3fn, np.zeros((3, 5, 7))
   for row in np.ndindex(3, 5):
     for n in range(7):
