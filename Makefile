@@ -33,7 +33,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/workdirs/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 export PYTHONPATH := $(CURDIR)
 
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 CHECKED := .
 
 .DELETE_ON_ERROR:
