@@ -1,7 +1,7 @@
 # make quickstart          prepare, train, evaluate and report (SMOKE=1: shortest)
 # make table               the same with every ratio of the table
 # make test                linter, formatter and tests
-# make lmms-test           tests under lmms-eval, in .venv-lmms
+# make lmms-test           tests under lmms-eval, in .venv-lmms (lmms-env makes it)
 # make browser-test        tests of the report in a Chromium
 # make wheel-test          builds a wheel, installs it apart and asks a clip with it
 # make docs               builds the site into docs/_build, warnings are errors

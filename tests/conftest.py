@@ -40,9 +40,9 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
-# Traces are many small objects that live on, which the collector would walk
-# through every 700: a thirtieth of the time.
-gc.set_threshold(50_000, 20, 50)
+# Traces are many small objects that live on; to walk through them every 700 of
+# them, as is usual, takes a thirtieth of the time.
+gc.set_threshold(20_000, 10, 10)
 
 # absl test cases read flags before pytest has parsed any.
 flags.FLAGS(sys.argv[:1])
