@@ -1,7 +1,7 @@
 # make quickstart          prepare, train, evaluate and report (SMOKE=1: shortest)
 # make table               the same with every ratio of the table
 # make test                linter, formatter and tests
-# make lmms-test           tests under lmms-eval, in .venv-lmms
+# make lmms-test           tests under lmms-eval, in .venv-lmms (lmms-env makes it)
 # make browser-test        tests of the report in a Chromium
 # make wheel-test          builds a wheel, installs it apart and asks a clip with it
 # make docs               builds the site into docs/_build, warnings are errors
@@ -33,12 +33,12 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/workdirs/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.1
 export PYTHONPATH := $(CURDIR)
 
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 CHECKED := .
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart table test lmms-test browser-test wheel-test docs lint format \
-  clean
+.PHONY: quickstart table test lmms-env lmms-test browser-test wheel-test docs \
+  lint format clean
 
 quickstart: $(CORE)
 	$(BIN)/python -m experiments.quickstart $(if $(SMOKE),--smoke)
@@ -50,8 +50,10 @@ table: $(CORE)
 test: lint
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
+lmms-env: $(LMMS)
+
 lmms-test: $(LMMS)
-	$(LMMS_VENV)/bin/python -m pytest -q tests/integrations/lmms
+	$(LMMS_VENV)/bin/python -m pytest -q $(PYTEST_ARGS) tests/integrations/lmms
 
 # One process: a browser is enough for two cores.
 browser-test: $(DEV)
@@ -127,7 +129,8 @@ $(DEV): $(CORE)
 $(LMMS): | $(LMMS_VENV)/bin/python
 	@echo "installing lmms-eval into $(LMMS_VENV) (a few minutes)"
 	@$(LMMS_PIP) install torch==2.13.0
-	@$(LMMS_PIP) install -e ".[lmms]" torch==2.13.0 pytest
+	@$(LMMS_PIP) install -e ".[lmms]" torch==2.13.0 \
+	  pytest pytest-xdist
 	@$(LMMS_PIP) uninstall -y torchvision
 	@$(LMMS_PIP) install --no-deps decord
 	@touch $@

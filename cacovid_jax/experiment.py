@@ -21,7 +21,6 @@ from cacovid_jax.data import chat_template as chat_template_lib
 from cacovid_jax.data import left_out as left_out_lib
 from cacovid_jax.data import question as question_lib
 from cacovid_jax.data import readers
-from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, hub, processor_files
 from cacovid_jax.parallel import mesh as mesh_lib
@@ -230,6 +229,9 @@ def _read_rows(config, report) -> Sequence[question_lib.Question]:
       " the questions and clips (cacovid_jax.prepare makes one)"
     )
   if data.tfds:
+    # Dear to import, and most runs read other files.
+    from cacovid_jax.data import tfds as tfds_lib
+
     folder = os.path.join(data.root, data.tfds)
     return tfds_lib.open_source(folder, data.train_split)
   root = media_root(config)
@@ -251,6 +253,6 @@ def _with_clips(config, rows, left_out):
   if not missing:
     return rows
   found = [place for place, name in enumerate(names) if name not in missing]
-  if isinstance(rows, tfds_lib.QuestionSource):
+  if config.data.tfds:
     return rows.take(found)
   return [rows[place] for place in found]

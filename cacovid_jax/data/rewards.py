@@ -12,12 +12,10 @@ early answers are arbitrary text.
 import functools
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import regex
-from nltk.stem import porter
-from rouge_score import rouge_scorer, tokenize, tokenizers
 
 from cacovid_jax import config_limits
 from cacovid_jax.data import question as question_lib
@@ -119,23 +117,27 @@ def _ocr(answer: str, gold: str, *_) -> float:
   return max(0.0, 1.0 - error_rate)
 
 
-class _Words(tokenizers.Tokenizer):
-  """Cuts a text of any script into words; ASCII ones as the library does."""
+class _Words:
+  """Cuts a text of any script into words; ASCII ones by `cut_ascii`."""
 
-  def __init__(self):
-    self._stemmer = porter.PorterStemmer()
+  def __init__(self, cut_ascii: Callable[[str], list[str]]):
+    self._cut_ascii = cut_ascii
 
   def tokenize(self, text: str) -> list[str]:
     found = []
     for word in words_of(text):
-      own = tokenize.tokenize(word, self._stemmer) if word.isascii() else [word]
-      found.extend(own)
+      found.extend(self._cut_ascii(word) if word.isascii() else [word])
     return found
 
 
 @functools.cache
-def _rouge(words: str) -> rouge_scorer.RougeScorer:
-  tokenizer = _Words() if words == UNICODE else None
+def _rouge(words: str):
+  # It brings all of NLTK, and few runs score free text.
+  from rouge_score import rouge_scorer, tokenizers
+
+  tokenizer = None
+  if words == UNICODE:
+    tokenizer = _Words(tokenizers.DefaultTokenizer(use_stemmer=True).tokenize)
   return rouge_scorer.RougeScorer(_ROUGE, use_stemmer=True, tokenizer=tokenizer)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import tests
 from cacovid_jax import config as config_lib
-from cacovid_jax import errors, metrics
+from cacovid_jax import errors, metrics, pretrain
 from cacovid_jax.models import checkpoints
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.synthetic import packing, pretraining
@@ -22,28 +22,39 @@ ROOT = pathlib.Path(__file__).parent.parent.parent
 SPEC = f"{ROOT / 'configs' / 'synthetic_base.py'}:debug"
 
 
-def command(*flags):
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": tests.xla_flags(),
-    "JAX_LOG_COMPILES": "1",
-  }
-  return subprocess.run(
-    [sys.executable, "-m", "cacovid_jax.pretrain", *flags],
-    cwd=ROOT,
-    env=environment,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+@pytest.fixture(scope="module")
+def one_device():
+  """Has pretraining use the first of the devices."""
+  one = mesh_lib.make_mesh(1)
+
+  @contextlib.contextmanager
+  def patched():
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(mesh_lib, "make_mesh", lambda: one)
+      yield patch
+
+  return patched
 
 
-def test_the_command_leaves_a_complete_checkpoint_directory(tmp_path):
-  workdir = tmp_path / "base"
-  done = command(f"--config={SPEC}", f"--workdir={workdir}")
-  assert done.returncode == 0, done.stderr[-2000:]
-  compiled = done.stderr.count("Finished XLA compilation of jit(update)")
-  assert compiled == 1
+@pytest.fixture(scope="module")
+def whole(one_device, tmp_path_factory):
+  """Returns the workdir of a run that nothing stopped, and its jitted step."""
+  workdir, made = tmp_path_factory.mktemp("pretrain") / "whole", []
+  make = pretraining.make_update
+  words = ["pretrain", f"--config={SPEC}", f"--workdir={workdir}"]
+  with one_device() as patch:
+    patch.setattr(
+      pretraining,
+      "make_update",
+      lambda *args: made.append(make(*args)) or made[0],
+    )
+    pretrain.main(pretrain.COMMAND.parse(words))
+  return workdir, made[0]
+
+
+def test_the_command_leaves_a_complete_checkpoint_directory(whole):
+  workdir, update = whole
+  assert update._cache_size() == 1
   checkpoint = checkpoints.load(workdir / "base_model")
   tokenizer = checkpoint.tokenizer
   assert checkpoint.model.processor.fixed_grid(16) == (16, 7, 7)
@@ -74,36 +85,39 @@ def test_a_workdir_of_another_config_is_refused(tmp_path):
     pretraining.pretrain(changed, tmp_path)
 
 
-def test_a_stopped_run_ends_as_one_that_nothing_stopped(tmp_path, monkeypatch):
-  one = mesh_lib.make_mesh(1)
-  monkeypatch.setattr(mesh_lib, "make_mesh", lambda: one)
-  config = config_lib.load(SPEC)
-  weights = "base_model/model.safetensors"
-  pretraining.pretrain(config, tmp_path / "whole")
+def test_a_stopped_run_ends_as_one_that_nothing_stopped(
+  whole, one_device, tmp_path
+):
+  config, weights = config_lib.load(SPEC), "base_model/model.safetensors"
   stopped = contextlib.nullcontext(lambda step: step == 1)
-  with monkeypatch.context() as patch:
+  with one_device() as patch:
     patch.setattr(pretraining.preemption, "watched", lambda: stopped)
     with pytest.raises(SystemExit) as end:
-      pretraining.pretrain(config, tmp_path / "parts")
+      pretraining.pretrain(config, tmp_path)
   assert end.value.code == 143
-  assert not (tmp_path / "parts" / weights).exists()
+  assert not (tmp_path / weights).exists()
 
   def full(*args, **options):
     raise errors.UserError("no room")
 
-  with monkeypatch.context() as patch:  # At the last step, of all three.
+  with one_device() as patch:  # At the last step, of all three.
     patch.setattr(pretraining.checkpoints, "save", full)
     with pytest.raises(errors.UserError, match="no room"):
-      pretraining.pretrain(config, tmp_path / "parts")
-  pretraining.pretrain(config, tmp_path / "parts")
+      pretraining.pretrain(config, tmp_path)
+  # Eight devices are told apart from one, before anything is trained.
+  done = subprocess.run(
+    [sys.executable, "-m", "cacovid_jax.pretrain", f"--config={SPEC}",
+     f"--workdir={tmp_path}"],
+    cwd=ROOT, env=os.environ | {"XLA_FLAGS": tests.xla_flags()},
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 2
+  assert "began on 8 devices" in done.stderr
+  with one_device():
+    pretraining.pretrain(config, tmp_path)
   for name in ("probe.json", weights):
-    whole, parts = (tmp_path / run / name for run in ("whole", "parts"))
-    assert whole.read_bytes() == parts.read_bytes()
-  steps = [line["step"] for line in metrics.read(tmp_path / "parts")]
-  assert steps == [1, 2, 2, 2]
-  monkeypatch.setattr(jax, "device_count", lambda: 3)
-  with pytest.raises(errors.UserError, match="began on 8 devices"):
-    pretraining.pretrain(config, tmp_path / "parts")
+    assert (whole[0] / name).read_bytes() == (tmp_path / name).read_bytes()
+  assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2, 2, 2]
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):

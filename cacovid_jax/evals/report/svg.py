@@ -14,7 +14,6 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
-import matplotlib.figure
 import numpy as np
 from matplotlib import ticker
 
@@ -70,8 +69,11 @@ def spread_labels(
 
 def make_axes(width, height, right, title="", left=_LEFT):
   """Returns axes of a new figure, of which a pixel is a point."""
+  # Most of matplotlib's imports, and no training draws.
+  from matplotlib import figure as figure_lib
+
   # 72 dots per inch, as those of SVG files are counted.
-  figure = matplotlib.figure.Figure((width / 72, height / 72), dpi=72)
+  figure = figure_lib.Figure((width / 72, height / 72), dpi=72)
   high = height - _TOP - 24 * bool(title) - _BOTTOM
   box = (left, _BOTTOM, max(width - left - right, 60), high)
   box = np.array(box) / (width, height, width, height)
