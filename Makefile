@@ -130,7 +130,7 @@ $(LMMS): | $(LMMS_VENV)/bin/python
 	@echo "installing lmms-eval into $(LMMS_VENV) (a few minutes)"
 	@$(LMMS_PIP) install torch==2.13.0
 	@$(LMMS_PIP) install -e ".[lmms]" torch==2.13.0 \
-	  pytest pytest-xdist
+	  pytest "pytest-xdist>=3.8"
 	@$(LMMS_PIP) uninstall -y torchvision
 	@$(LMMS_PIP) install --no-deps decord
 	@touch $@

@@ -89,7 +89,7 @@ setuptools.setup(
       "nbclient>=0.10",
       "networkx>=3.2",
       "pytest>=8",
-      "pytest-xdist>=3.6",
+      "pytest-xdist>=3.8",
       "ruff==0.17.6",
       "scikit-learn>=1.5",
       "selenium>=4.20",  # make browser-test

@@ -126,8 +126,7 @@ class Experiment:
       raise errors.UserError(
         f"{model.path}: no tokenizer.json; give a complete checkpoint directory"
       )
-    made = checkpoint.model.with_outer_vision_tags(model.outer_vision_tags)
-    made = made.with_float8_tower(model.float8_tower)
+    made = with_options(checkpoint.model, model)
     return dataclasses.replace(checkpoint, model=made)
 
   @functools.cached_property
@@ -152,6 +151,12 @@ class Experiment:
         name, _, path = text.partition("=")
       out[name] = path
     return out
+
+
+def with_options(model, options):
+  """Returns a `VideoLLM` with what config.model asks of it, or a UserError."""
+  model = model.with_outer_vision_tags(options.outer_vision_tags)
+  return model.with_float8_tower(options.float8_tower)
 
 
 def with_template(checkpoint, directory, template) -> checkpoints.Checkpoint:

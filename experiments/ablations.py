@@ -53,8 +53,7 @@ _CANDIDATES = "evals.candidates.cacovid"
 _RECIPE = ("iterations", "sampling.", "ratio.", "objective.", "policy.",
            "optimizer.", "rollout.", _CANDIDATES)  # fmt: skip
 _NAMES = {_CANDIDATES: "importance_ratio"}
-_KNOWN = "row.json"
-_TRAINED = "policy/policy.safetensors"
+_KNOWN, _TRAINED = "row.json", "policy/policy.safetensors"
 # Of the table, beside accuracies at ratios: their units in what is written.
 _COLUMNS = {"seconds": 1, "all tokens": 100, "validation": 100}
 PARTS = ("ablations", "transfer")
@@ -228,8 +227,8 @@ def make_run(workdir, recipe, name, row, seed) -> RowRun:
     }
     for config in (trained, asked)
   ]
-  evals = config_lib.to_dict(asked.evals)
-  identity = {"trained": made[0], "asked": made[1], "evals": evals}
+  identity = dict(zip(("trained", "asked"), made, strict=True))
+  identity["evals"] = config_lib.to_dict(asked.evals)
   # Through JSON and back, so that it compares equal to what is read.
   identity = json.loads(json.dumps(identity, sort_keys=True))
   policy, digest = (
@@ -259,7 +258,9 @@ def read_known(workdir: pathlib.Path) -> dict[str, dict[int, Any]]:
 def is_known(run: RowRun, known) -> bool:
   """Returns whether a run is among `known`; refuses one of another making."""
   if entry := known.get(run.name, {}).get(run.seed):
-    differing = config_lib.differences(entry["identity"], run.identity)
+    there, later = entry["identity"], base_config.get_config().evals
+    there["evals"] = json.loads(config_lib.dumps(later)) | there["evals"]
+    differing = config_lib.differences(there, run.identity)
     told = f"{'; '.join(differing[:2])}; use another --workdir"
     errors.check(not differing, f"{run.folder} is of another run: {told}")
   return entry is not None
@@ -358,8 +359,8 @@ def write_table(workdir, rows, ratios, failed) -> str:
       points[name] = [100 * statistics.fmean(x) for x in scores.values()]
   head = ["row", "changes", "seeds", *_COLUMNS]
   head += [f"{float(key):.0%}" for key in keys]
-  numbers = range(2, len(head))
-  texts = [tables.as_markdown(head, lines[part], numbers) for part in PARTS]
+  right = range(2, len(head))
+  texts = [tables.as_markdown(head, lines[part], right) for part in PARTS]
   texts += [f"failed: {folder}: {reason}" for folder, reason in failed.items()]
   files.write(workdir / "table.md", text := "\n\n".join(texts) + "\n")
   label = f"accuracy at {float(shown):.0%} of the tokens (%), seeds and mean"

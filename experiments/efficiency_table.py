@@ -151,9 +151,10 @@ def main(args):
     return
   peers = stages.load_peers(args, SIZES[name].config())
   workdir = pathlib.Path(args.workdir or f"workdirs/efficiency_{name}")
-  with reporting.ledger(workdir / ROWS, run_of(name, repeats)) as rows:
+  float8 = args.config.model.float8_tower
+  with reporting.ledger(workdir / ROWS, run_of(name, repeats, float8)) as rows:
     size, weights = SIZES[name], table.weights or workdir / "weights"
-    checkpoint = made_up.checkpoint(size.config(), size.dtype, weights)
+    checkpoint = made_up.checkpoint(size.config(), size.dtype, weights, float8)
     subject = made_up.subject(checkpoint, size.grid)
     out = measure(subject, name, methods, ratios, repeats, rows)
     files.write_json(workdir / "results.json", out)
@@ -179,11 +180,12 @@ def measure_stages(args, subject, peers, workdir, rows) -> None:
   limit = stages.limits(subject, speed, training)
   cells = stages.cells(args.stages, args.kept)
   found = stages.measure(engines, cells, rows, table.repeats, limit)
-  facts = run_of(table.size, table.repeats) | {"speed": speed._asdict()}
+  facts = run_of(table.size, table.repeats, args.config.model.float8_tower)
+  facts |= {"speed": speed._asdict()}
   stages.write(workdir, found, facts)
 
 
-def run_of(name: str, repeats: int) -> dict[str, Any]:
+def run_of(name: str, repeats: int, float8: bool = False) -> dict[str, Any]:
   """Returns what the times in a ledger depend on, besides the code's commit."""
   size = SIZES[name]
   return {
@@ -194,7 +196,7 @@ def run_of(name: str, repeats: int) -> dict[str, Any]:
     "repeats": repeats,
     "seed": made_up.SEED,
     "size": name,
-  }
+  } | ({"float8_tower": True} if float8 else {})
 
 
 def dry_run(table, methods, ratios) -> dict[str, Any]:

@@ -84,8 +84,11 @@ class MadeUp(latency.Subject):
   encode: Callable[[], Any]  # Runs the tower's program over them.
 
 
-def checkpoint(config, dtype, directory) -> checkpoints.Checkpoint:
-  """Returns random weights of a folder, drawn if it has none."""
+def checkpoint(config, dtype, directory, float8=False):
+  """Returns a `Checkpoint` of random weights of a folder, drawn if it has none.
+
+  `float8` is config.model.float8_tower.
+  """
   directory = pathlib.Path(directory)
   if (directory / "config.json").exists():
     errors.check(
@@ -103,7 +106,9 @@ def checkpoint(config, dtype, directory) -> checkpoints.Checkpoint:
     with files.claim(directory, hint="or give another --weights"):
       tiny_checkpoints.write_random(partial, config, SEED)
       os.replace(partial, directory)
-  return checkpoints.load(directory, jnp.dtype(dtype))
+  found = checkpoints.load(directory, jnp.dtype(dtype))
+  model = found.model.with_float8_tower(float8)
+  return dataclasses.replace(found, model=model)
 
 
 def subject(checkpoint, grid) -> MadeUp:

@@ -57,10 +57,11 @@ def main(args):
   workdir = pathlib.Path(args.workdir or f"workdirs/scaling_{table.size}")
   size = efficiency_table.SIZES[table.size]
   weights = table.weights or workdir / "weights"
+  float8 = args.config.model.float8_tower
 
   @functools.cache
   def checkpoint():
-    return made_up.checkpoint(size.config(), size.dtype, weights)
+    return made_up.checkpoint(size.config(), size.dtype, weights, float8)
 
   def make(frames, batch):
     subject = made_up.subject(checkpoint(), (frames, *size.grid[1:]))
@@ -72,7 +73,8 @@ def main(args):
   engines = {
     f"{f} x {b}": functools.partial(make, f, b) for f, b in dict.fromkeys(sizes)
   }
-  run = efficiency_table.run_of(table.size, table.repeats) | {"grid": None}
+  run = efficiency_table.run_of(table.size, table.repeats, float8)
+  run |= {"grid": None}
   with reporting.ledger(workdir / "rows.jsonl", run) as rows:
     found = stages.measure(engines, _CELLS, rows, table.repeats)
   write(workdir, found, run, args)

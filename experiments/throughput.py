@@ -64,7 +64,8 @@ def main(args):
   table, data = args.config.table, args.config.data
   workdir = pathlib.Path(args.workdir or f"workdirs/throughput_{table.size}")
   weights = pathlib.Path(table.weights or workdir / "weights")
-  run = efficiency_table.run_of(table.size, 1) | {
+  float8 = args.config.model.float8_tower
+  run = efficiency_table.run_of(table.size, 1, float8) | {
     "clips": args.clips,
     "cores": os.cpu_count(),
     "max_new_tokens": args.config.evals.max_new_tokens,
@@ -137,7 +138,8 @@ def _made(args, weights, folder):
   words = max(model.text.vocab_size, tokenizer.vocab_size)
   text = dataclasses.replace(model.text, vocab_size=words)
   model = dataclasses.replace(model, text=text)
-  found = made_up.checkpoint(model, size.dtype, weights)
+  float8 = config.model.float8_tower
+  found = made_up.checkpoint(model, size.dtype, weights, float8)
   found = dataclasses.replace(found, tokenizer=tokenizer, eos_ids=())
   changes = {
     "data.root": str(folder),

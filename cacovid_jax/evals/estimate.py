@@ -104,8 +104,9 @@ def without_weights(
       f"there is no config.json in {directory or 'no folder at all'}; give the"
       " base model by --model, or a released one's config by --config"
     )
+  model = checkpoints.make_model(config, experiment.config.model.dtype)
   found = checkpoints.Checkpoint(
-    model=checkpoints.make_model(config, experiment.config.model.dtype),
+    model=experiment_lib.with_options(model, experiment.config.model),
     params=None,
     tokenizer=tokenizer,
     identity={"path": directory, "sha256": ""},
@@ -137,8 +138,9 @@ def _asked(experiment, loaded) -> list[Asked]:
     by_grid[grids[question.video]].append(question)
   if checkpoint.tokenizer:
     rows = prompts_lib.Prompts(
-      checkpoint, loaded.questions, grid_of=lambda q: grids[q.video]
-    ).text_rows
+      checkpoint, loaded.questions, grid_of=lambda q: grids[q.video],
+      drop_empty_frames=evals.empty_frames == "drop",
+    ).text_rows  # fmt: skip
   else:
     rows = {
       q.id: math.ceil(len(q.prompt.encode()) / _BYTES_PER_TOKEN)

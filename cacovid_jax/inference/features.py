@@ -111,6 +111,8 @@ class FeatureStore:
       found["frame_rule"] = self.reader.rule.name
     if self.reader.max_replaced != clips.ClipReader.max_replaced:
       found["max_replaced"] = self.reader.max_replaced
+    if getattr(self.model, "float8_tower", False):
+      found["float8_tower"] = True
     return found
 
   def bucket_of(self, grid: tuple[int, int, int]) -> token_grid.GridBucket:

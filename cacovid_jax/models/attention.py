@@ -69,15 +69,13 @@ def _by_heads(kernel, causal, q, k, v, *seen):
   Devices of the axis `model` compute heads of their own, if it divides them.
   Where it does not divide kv heads, these are repeated until it does.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  axes = {axis for axis in mesh.auto_axes if mesh.shape[axis] > 1}
 
   def run(q, k, v, *seen):
     return kernel(q, k, v, causal, *seen)
 
-  if not axes:
+  if not (axes := _shared_axes()):
     return run(q, k, v, *seen)
-  size = mesh.shape["model"]
+  size = jax.sharding.get_abstract_mesh().shape["model"]
   heads = P(None, None, "model") if q.shape[2] % size == 0 else P()
   if heads != P():
     times = size // math.gcd(k.shape[2], size)
@@ -90,6 +88,12 @@ def _by_heads(kernel, causal, q, k, v, *seen):
     check_vma=False,  # As of `mesh.map_over_data`.
   )
   return mapped(q, k, v, *seen)
+
+
+def _shared_axes() -> set[str]:
+  """Returns the mesh's axes over which the compiler splits what runs here."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return {axis for axis in mesh.auto_axes if mesh.shape[axis] > 1}
 
 
 def _cudnn_can(q, k, mask):
@@ -286,6 +290,8 @@ def attention_in_cache(q, cache_k, cache_v, lengths):
   """
   scores = _valid(_row_scores(q, cache_k) * q.shape[-1] ** -0.5, lengths)
   probs = jax.nn.softmax(scores, axis=-1).astype(cache_v.dtype)
+  if flash_backend() != "cudnn" or _shared_axes():
+    return jnp.einsum("BKGS,BSKH->BKGH", probs, cache_v).reshape(q.shape)
   batch, num_kv_heads, groups, num_keys = probs.shape
   # One product of all queries and all kv heads, of which each query then takes
   # its own: cuBLAS shares a long sum among a GPU's cores in a single product,

@@ -55,9 +55,11 @@ def of_one_row(hidden, table):
 def check_float8() -> None:
   """Refuses a GPU that cannot multiply in 8 bits."""
   device = jax.devices()[0]
-  known = getattr(device, "compute_capability", None)
+  if "cuda" not in device.client.platform_version:
+    return  # Elsewhere it is a matter of speed alone.
+  known = device.compute_capability
   errors.check(
-    device.platform != "gpu" or known is None or float(known) >= _CAPABILITY,
+    float(known) >= _CAPABILITY,
     f"model.float8_tower needs compute capability {_CAPABILITY}, and"
     f" {device.device_kind} has {known}; leave it out",
   )

@@ -324,9 +324,10 @@ class Qwen2(Part):
     product = functools.partial(
       jnp.einsum, "...D,VD->...V", preferred_element_type=jnp.float32
     )
-    one = hidden.size == hidden.shape[-1]
-    kernels = {"cuda": products.of_one_row} if one else {}
-    return jax.lax.platform_dependent(hidden, table, default=product, **kernels)
+    if hidden.size > hidden.shape[-1]:
+      return product(hidden, table)
+    one_row = dict(cuda=products.of_one_row, default=product)
+    return jax.lax.platform_dependent(hidden, table, **one_row)
 
   def __call__(
     self, x, positions, *, causal=True, lengths=None, mask=None, earlier=None,

@@ -356,6 +356,18 @@ def test_rows_of_another_recipe_are_refused(tmp_path, measured):
   assert measured.asked == [("ours", 42)]
 
 
+def test_rows_from_before_a_setting_are_known(tmp_path, measured):
+  run(tmp_path, "ours")
+  path = tmp_path / "ours" / "seed_42" / "row.json"
+  row = json.loads(path.read_text())
+  assert row["identity"]["evals"].pop("empty_frames") == "keep"
+  files.write_json(path, row)
+  run(tmp_path, "ours")
+  assert measured.asked == [("ours", 42)]
+  with pytest.raises(errors.UserError, match="empty_frames is 'keep' there"):
+    run(tmp_path, "ours", overrides=["evals.empty_frames=drop"])
+
+
 @pytest.fixture
 def own_data(tmp_path):
   """Returns (folder, overrides) of a base model and a manifest beside it."""

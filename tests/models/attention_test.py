@@ -171,7 +171,7 @@ class AttentionTest(parameterized.TestCase):
     self.assertEqual("tpu_custom_call" in text, backend == "splash")
 
 
-class OneQueryTest(absltest.TestCase):
+class OneQueryTest(parameterized.TestCase):
   def test_over_a_cache_equals_the_last_row_of_the_whole(self):
     q, k, v = _inputs(queries=1, keys=8)
     lengths = np.array([3, 7])
@@ -182,7 +182,10 @@ class OneQueryTest(absltest.TestCase):
     expected = _loop(q, k, v, lambda b, t, s: s < lengths[b] or s == 7)
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
-  def test_in_a_cache_reads_valid_rows_and_own_heads_alone(self):
+  @parameterized.parameters("cudnn", "xla")
+  def test_in_a_cache_reads_valid_rows_and_own_heads_alone(self, kernel):
+    patch = mock.patch.object(attention, "flash_backend", lambda: kernel)
+    self.enter_context(patch)
     q, k, v = _inputs(queries=1, keys=8)
     lengths = np.array([3, 8])
     out = attention.attention_in_cache(q, k, v, lengths)

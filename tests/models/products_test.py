@@ -73,8 +73,9 @@ def test_the_config_chooses_it_and_features_say_so(tmp_path):
 def test_what_cannot_is_one_line(monkeypatch):
   with pytest.raises(errors.UserError, match="float8_tower is for the SigLIP"):
     video_llm.VideoLLM.with_float8_tower(None, True)
+  client = types.SimpleNamespace(platform_version="cuda 13000")
   old = types.SimpleNamespace(
-    platform="gpu", compute_capability="8.0", device_kind="A100"
+    client=client, compute_capability="8.0", device_kind="A100"
   )
   monkeypatch.setattr(jax, "devices", lambda: [old])
   model = checkpoints.make_model(checkpoints.load_config(GOLDEN))

@@ -371,6 +371,9 @@ STOPS = {
     ASKS, _no_validation, CHOOSES, "data", "has no validation.parquet"),
   "ratios alike": (
     ASKS, _nothing, {"evals.ratios": (0.25, 0.25)}, "data", "names several"),
+  "empty frames": (
+    ASKS, _nothing, {"evals.empty_frames": "drop"}, "memory",
+    "empty_frames=drop is for models"),
   "ratio too small": (
     ASKS, _nothing, {"evals.ratios": (0.0001,)}, "data", "names none"),
   "untrained": (
