@@ -227,8 +227,8 @@ def make_run(workdir, recipe, name, row, seed) -> RowRun:
     }
     for config in (trained, asked)
   ]
-  identity = dict(zip(("trained", "asked"), made, strict=True))
-  identity["evals"] = config_lib.to_dict(asked.evals)
+  evals = config_lib.to_dict(asked.evals)
+  identity = {"trained": made[0], "asked": made[1], "evals": evals}
   # Through JSON and back, so that it compares equal to what is read.
   identity = json.loads(json.dumps(identity, sort_keys=True))
   policy, digest = (
@@ -359,8 +359,8 @@ def write_table(workdir, rows, ratios, failed) -> str:
       points[name] = [100 * statistics.fmean(x) for x in scores.values()]
   head = ["row", "changes", "seeds", *_COLUMNS]
   head += [f"{float(key):.0%}" for key in keys]
-  right = range(2, len(head))
-  texts = [tables.as_markdown(head, lines[part], right) for part in PARTS]
+  numbers = range(2, len(head))
+  texts = [tables.as_markdown(head, lines[part], numbers) for part in PARTS]
   texts += [f"failed: {folder}: {reason}" for folder, reason in failed.items()]
   files.write(workdir / "table.md", text := "\n\n".join(texts) + "\n")
   label = f"accuracy at {float(shown):.0%} of the tokens (%), seeds and mean"
