@@ -104,15 +104,13 @@ class FeatureStore:
   @property
   def identity(self) -> dict[str, Any]:
     """What features depend on besides the checkpoint and T, for a log."""
-    found = dict(self.model.prompt_rule)
+    found = dict(self.model.told)
     if not self.reader.processor.one_grid:
       found["preprocessing"] = self.reader.processor.identity
     if self.reader.rule.name != frames_lib.EVAL_RULE:
       found["frame_rule"] = self.reader.rule.name
     if self.reader.max_replaced != clips.ClipReader.max_replaced:
       found["max_replaced"] = self.reader.max_replaced
-    if getattr(self.model, "float8_tower", False):
-      found["float8_tower"] = True
     return found
 
   def bucket_of(self, grid: tuple[int, int, int]) -> token_grid.GridBucket:

@@ -211,6 +211,10 @@ class LlavaOnevisionModel(video_llm.VideoLLM):
     return LlavaOnevision(self.config, *options)
 
   @property
+  def told(self):
+    return {"float8_tower": True} if self.float8_tower else {}
+
+  @property
   def precision(self):
     return super().precision + " float8 tower" * self.float8_tower
 

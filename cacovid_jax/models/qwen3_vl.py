@@ -162,7 +162,7 @@ class Qwen3VLModel(qwen2_5_vl.QwenVLModel):
   processor_class = qwen3_vl_processor.Qwen3VLProcessor
 
   @property
-  def prompt_rule(self):
+  def told(self):
     kept = self.outer_vision_tags
     release = "transformers 5.10 and later" if kept else "transformers 4.57"
     return {"outer_vision_tags": kept, "prompt_rule": release}

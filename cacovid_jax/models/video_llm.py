@@ -161,8 +161,9 @@ class VideoLLM(abc.ABC):
     """Returns random float32 parameters."""
 
   @property
-  def prompt_rule(self) -> Mapping[str, Any]:
-    """What results tell of prompts that releases of the reference differ in."""
+  def told(self) -> Mapping[str, Any]:
+    """What logs and results tell of it: rules of prompts that releases of the
+    reference differ in, and what config.model changes."""
     return {}
 
   def with_outer_vision_tags(self, stay: bool) -> "VideoLLM":

@@ -56,6 +56,7 @@ def test_features_of_a_tower_are_near_those_of_the_plain_one():
   assert 1e-3 < error < 0.1
   assert model.precision == "float32 float8 tower"
   assert loaded.model.precision == "float32"
+  assert (model.told, loaded.model.told) == ({"float8_tower": True}, {})
   assert model.with_float8_tower(False) == loaded.model
 
 

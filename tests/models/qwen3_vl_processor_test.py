@@ -172,7 +172,7 @@ def test_prompts_are_the_reference_s(tiny, fps, outer):
     np.testing.assert_array_equal(prompt.video_rows, rows)
     start, end = prompts_lib.question_span(prompt, tokenizer)
     assert tokenizer.decode(prompt.ids[start:end]).strip() == "Why?"
-  assert model.prompt_rule["outer_vision_tags"] is outer
+  assert model.told["outer_vision_tags"] is outer
 
 
 def test_another_rate_changes_the_text_and_no_position(tiny):
