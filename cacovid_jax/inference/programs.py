@@ -57,24 +57,37 @@ def answer_rows(
       the rows that it keeps (merged tokens), with G = 1.
   """
   batch, count = index.shape[:2]
+  state = read_rows(
+    model, params, prompts, index, num_valid, room=max_new_tokens - 1,
+    earlier=earlier, replaced=replaced,
+  )  # fmt: skip
+  if max_new_tokens == 1:
+    logits = state[0].reshape(batch, count, -1)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)[..., None], logits
+  ids = generation.extend(
+    model, params, *state, pad_id=pad_id, max_new_tokens=max_new_tokens,
+    eos_ids=tuple(eos_ids), decided=decided,
+  )  # fmt: skip
+  return ids.reshape(batch, count, -1), None
+
+
+def read_rows(
+  model, params, prompts, index, num_valid, *, room, earlier=None, replaced=None
+):
+  """Returns (logits, cache, next positions) of B G prompts, pruned and read.
+
+  What `generation.extend` goes on from. `room` is for that many more rows; the
+  other arguments are those of `answer_rows`.
+  """
   prompts = prompts._replace(features=None, ids=None, text_rows=None)
   of_video = jax.vmap(prompt_batch.prune, (None, 0, None))
   _, pruned = jax.vmap(of_video)(prompts, index, num_valid)
-  rows = batch * count
+  rows = math.prod(index.shape[:2])
   pruned = jax.tree.map(lambda a: a.reshape(rows, *a.shape[2:]), pruned)
   if replaced is not None:
     pruned = prompt_batch.write_selection(pruned, prompts.deep, replaced)
-  logits, cache, _ = _prefill(
-    model, params, pruned, max_new_tokens - 1, earlier
-  )
-  if max_new_tokens == 1:
-    ids = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return ids.reshape(batch, count, 1), logits.reshape(batch, count, -1)
-  ids = generation.extend(
-    model, params, logits, cache, pruned.next_position, pad_id=pad_id,
-    max_new_tokens=max_new_tokens, eos_ids=tuple(eos_ids), decided=decided,
-  )  # fmt: skip
-  return ids.reshape(batch, count, -1), None
+  logits, cache, _ = _prefill(model, params, pruned, room, earlier)
+  return logits, cache, pruned.next_position
 
 
 class Programs:
@@ -102,6 +115,11 @@ class Programs:
       eos_ids=tuple(checkpoint.eos_ids),
       pad_id=checkpoint.pad_id,
     )
+    self._room = max_new_tokens - 1
+    options = functools.partial(
+      mesh_lib.compiler_options, platform=jax.default_backend()
+    )
+    self._decoding_differs = self._room and options("prefill") != options("")
     embed = jax.vmap(model.embed_prompt, (None, 0, 0, 0))
     self.embed = self._once("embed", (), embed)
     # Programs are counted by function: each of this class has its own.
@@ -109,7 +127,7 @@ class Programs:
     self.text = self._once(
       "text", (), lambda batch: read(batch.x, batch.text_rows), weights=()
     )
-    self.answer = self._once("answer", (), self._answer)
+    self.answer = self._asking("answer", (), self._read_selected)
     self.answer_text = self._once("text only", (), self._answer_text)
     self.read = mesh_lib.jit(self._read, "prefill", static_argnums=3)
     self.score = jax.jit(functools.partial(generation.score, model))
@@ -122,6 +140,36 @@ class Programs:
       compiled_as = "prefill" if kind in _PREFILLS else ""
       made[key] = mesh_lib.jit_rows(function, mesh, compiled_as, **options)
     return made[key]
+
+  def _asking(self, kind: str, key, read, wrap=lambda ids, _: ids):
+    """Returns f(params, *given) -> wrap(ids, rest): reads, then answers.
+
+    `read` gives ((logits, cache, next positions), rest). On one GPU, reading
+    and answering are two programs, because their best options differ.
+    """
+
+    def ask(params, *given):
+      state, rest = read(params, *given)
+      return wrap(self._extend(params, *state), rest)
+
+    alone = self._mesh is None or self._mesh.size == 1
+    if not (alone and self._decoding_differs):
+      return self._once(kind, key, ask)
+    read_first = self._once(kind, key, read)
+
+    def ask_twice(params, *given):
+      state, rest = read_first(params, *given)
+      decode = self._once("decode", (), self._extend)
+      return wrap(decode(params, *state), rest)
+
+    return ask_twice
+
+  def _extend(self, params, logits, cache, following):
+    if self._ending["max_new_tokens"] == 1:
+      return jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
+    return generation.extend(
+      self._model, params, logits, cache, following, **self._ending
+    )
 
   @property
   def compiled(self) -> dict[str, int]:
@@ -139,8 +187,8 @@ class Programs:
 
   def vanilla(self, params, batch, *, want_attention: bool = False) -> Vanilla:
     """Returns the answers to whole prompts, and attention if wanted."""
-    answer = functools.partial(self._vanilla, want_attention=want_attention)
-    return self._once("vanilla", want_attention, answer)(params, batch)
+    read = functools.partial(self._read_all, want_attention=want_attention)
+    return self._asking("vanilla", want_attention, read, Vanilla)(params, batch)
 
   def scores(self, module, params, batch, grid, ratio: float):
     """Returns the Scores of a policy module for a `PromptBatch`.
@@ -202,29 +250,24 @@ class Programs:
       program = self._once("select and answer", key, asked, **options)
     return lambda *arguments: program(*arguments, compressor.load())
 
-  def _vanilla(self, params, batch, *, want_attention: bool) -> Vanilla:
-    room = self._ending["max_new_tokens"] - 1
+  def _read_all(self, params, batch, *, want_attention: bool):
     logits, cache, out = _prefill(
-      self._model, params, batch, room, want_attention=want_attention
+      self._model, params, batch, self._room, want_attention=want_attention
     )
-    following = batch.next_position
-    ids = generation.extend(
-      self._model, params, logits, cache, following, **self._ending
-    )
+    state = logits, cache, batch.next_position
     if not want_attention:
-      return Vanilla(ids)
+      return state, None
     # float32[layers, B, L] -> [B, layers, N].
     paid = jax.vmap(prompt_batch.read_video, (0, None), 1)
-    rows = paid(out["last_query_attention"], batch.video_rows)
-    return Vanilla(ids, rows)
+    return state, paid(out["last_query_attention"], batch.video_rows)
 
-  def _answer(self, params, batch, selection: base.Selection):
-    ids, _ = answer_rows(
+  def _read_selected(self, params, batch, selection: base.Selection):
+    state = read_rows(
       self._model, params, batch, selection.index[:, None],
-      selection.mask.sum(axis=1, dtype=jnp.int32), replaced=selection,
-      **self._ending,
+      selection.mask.sum(axis=1, dtype=jnp.int32), room=self._room,
+      replaced=selection,
     )  # fmt: skip
-    return ids[:, 0]
+    return state, None
 
   def _answer_text(self, params, ids, lengths):
     # Without a video, rows of time, height and width count on alike.

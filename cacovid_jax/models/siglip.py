@@ -8,6 +8,7 @@ import dataclasses
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -119,7 +120,10 @@ class LayerNorm(nn.Module):
     mean = x.mean(axis=-1, keepdims=True)
     # Two passes: E[x^2] - E[x]^2 cancels when the mean is large.
     variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
-    x = (x - mean) / jnp.sqrt(variance + self.epsilon)
+    if self.dtype == jnp.float32:
+      x = (x - mean) / jnp.sqrt(variance + self.epsilon)
+    else:  # A division of each value is a fifth of the time on a GPU.
+      x = (x - mean) * jax.lax.rsqrt(variance + self.epsilon)
     x = x * scale.astype(jnp.float32) + bias.astype(jnp.float32)
     return x.astype(self.dtype)
 

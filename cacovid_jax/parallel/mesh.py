@@ -4,6 +4,7 @@ Of the mesh's axes, `data` holds different videos, `model` slices of the frozen
 base model's weights. The policy and its optimiser state are replicated.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cacovid_jax import errors
+from cacovid_jax.parallel import arguments
 
 # (pattern searched in the parameter path, axis that is split), first match
 # wins; the axis counts from the end so that layers stacked on a leading axis
@@ -207,10 +209,11 @@ def put_own(tree, mesh: Mesh):
 def compiler_options(kind: str, platform: str) -> dict[str, Any]:
   """Returns what the compiler is told of a kind of program.
 
-  Kinds are "tower", "prefill" (with what decodes behind it), "training" and,
-  without options, "". On a GPU, XLA's own Triton products lose to cuBLAS where
-  there are many rows; the policy is faster with them. Products of a tower that
-  read the same rows stay apart: merged, their outputs are split by a pass more.
+  Kinds are "tower", "prefill" (and what decodes in the same program),
+  "training" and, without options, "". On a GPU, XLA's own Triton products lose
+  to cuBLAS where there are many rows; decoding and the policy are faster with
+  them. Products of a tower that read the same rows stay apart: merged, their
+  outputs are split by a pass more.
   """
   if kind not in ("", "tower", "prefill", "training"):
     raise ValueError(f"there are no programs of kind {kind!r}")
@@ -220,10 +223,18 @@ def compiler_options(kind: str, platform: str) -> dict[str, Any]:
   return {"xla_gpu_enable_triton_gemm": False} | apart
 
 
-def jit(function: Callable, kind: str = "", **options):
-  """Returns `jax.jit` of a function, with the options of its kind."""
-  found = compiler_options(kind, jax.default_backend())
-  return jax.jit(function, compiler_options=found or None, **options)
+def jit(function: Callable, kind: str = "", *, weights=(), **options):
+  """Returns `jax.jit` of a function, with the options of its kind.
+
+  `weights` are places of arguments that are weights on one device: accelerators
+  are handed fewer arrays of them, see `parallel.arguments`.
+  """
+  platform = jax.default_backend()
+  found = compiler_options(kind, platform) or None
+  make = functools.partial(jax.jit, compiler_options=found, **options)
+  if not weights or platform == "cpu":
+    return make(function)
+  return arguments.Joining(make, function, weights)
 
 
 def jit_rows(
@@ -236,7 +247,7 @@ def jit_rows(
   `kind` is as of `compiler_options`.
   """
   if mesh is None or mesh.size == 1:
-    return jit(function, kind)
+    return jit(function, kind, weights=weights)
 
   def mapped(*args):
     specs = [P() if n in weights else P("data") for n in range(len(args))]
