@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from cacovid_jax import errors, files
+from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
 from cacovid_jax.data import decode_workers, frames
+from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import estimate, latency
 from cacovid_jax.inference import clips
 from cacovid_jax.inference import programs as programs_lib
@@ -109,6 +111,13 @@ def checkpoint(config, dtype, directory, float8=False):
   found = checkpoints.load(directory, jnp.dtype(dtype))
   model = found.model.with_float8_tower(float8)
   return dataclasses.replace(found, model=model)
+
+
+def tokenizer() -> tokenizer_lib.Tokenizer:
+  """Returns the shipped model's, for prompts of any length."""
+  found = tokenizer_lib.Tokenizer.from_directory(experiment_lib.SHIPPED_MODEL)
+  found.max_length = None  # The shipped model takes less than others.
+  return found
 
 
 def subject(checkpoint, grid) -> MadeUp:

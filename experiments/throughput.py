@@ -26,7 +26,6 @@ from cacovid_jax import command, errors, evaluate, files
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import answer_log, frames
-from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.evals import evaluation, tables
 from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.inference import answerer, clip_queue, device_watch, features
@@ -132,8 +131,7 @@ def write_clips(folder: pathlib.Path, count: int, seconds: int) -> list[str]:
 def _made(args, weights, folder):
   """Returns (experiment, policy, questions) to ask."""
   size, config = efficiency_table.SIZES[args.config.table.size], args.config
-  make, model = tokenizer_lib.Tokenizer.from_directory, size.config()
-  tokenizer = make(experiment_lib.SHIPPED_MODEL)
+  tokenizer, model = made_up.tokenizer(), size.config()
   # A tiny model knows too few words.
   words = max(model.text.vocab_size, tokenizer.vocab_size)
   text = dataclasses.replace(model.text, vocab_size=words)

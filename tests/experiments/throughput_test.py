@@ -66,3 +66,8 @@ def test_gains_by_hand():
 def test_a_batch_size_that_is_none_is_named(batches, tmp_path):
   with pytest.raises(errors.UserError, match="--batches"):
     commands.run(throughput, workdir=tmp_path, size="tiny", batches=batches)
+
+
+def test_prompts_of_released_models_are_as_long_as_they_are():
+  asked = throughput.made_up.tokenizer().encode_prompt("Why?", 32 * 14 * 14)
+  assert asked.length > 32 * 14 * 14
