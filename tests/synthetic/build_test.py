@@ -115,7 +115,7 @@ def test_captions_tell_what_the_scene_of_their_clip_shows(folder):
     onsets = scene.life[objects, 0].tolist()
     assert onsets == sorted(onsets)
     for obj, (_, place) in zip(objects, told, strict=True):
-      x, y = scene.path[obj].mean(0) / world.IMAGE_SIZE
+      x, y = scene.path[obj].mean(0) / world.SMALL.image_size
       side = f"{'north' if y < 0.5 else 'south'}{'west' if x < 0.5 else 'east'}"
       assert place in ("", side)
 
