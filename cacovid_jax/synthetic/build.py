@@ -101,7 +101,7 @@ def length_of(config: BuildConfig, split: str, number: int):
   """Returns (length class, frames, frames a second) of a clip's file.
 
   Seconds that are drawn have a random stream of their own, and frames are one
-  more than a multiple of the sampled ones less one, about one a second: so
+  more than a multiple of the sampled ones less one, at least one a second: so
   frames sampled evenly show the scene's plan exactly.
   """
   place = number % len(DURATIONS)
@@ -113,7 +113,7 @@ def length_of(config: BuildConfig, split: str, number: int):
   low, high = variant.seconds[place]
   seconds = int(rng.integers(low, high + 1))
   steps = variant.stage.num_frames - 1
-  length = 1 + steps * max(1, round(seconds / steps))
+  length = 1 + steps * -(-seconds // steps)
   return duration, length, fractions.Fraction(length, seconds)
 
 

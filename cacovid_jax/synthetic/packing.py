@@ -56,6 +56,11 @@ class PackingConfig:
     stages = {world.VARIANTS[name].stage for name in self.variants}
     told = "differ in their numbers of frames and cells; give two of one size"
     errors.check(len(stages) == 1, f"variants {self.variants} {told}")
+    errors.check(
+      len(self.kind_shares) <= len(questions.KINDS) and any(self.kind_shares),
+      f"kind_shares {self.kind_shares}: give shares, not all 0, of"
+      f" {', '.join(questions.KINDS)}",
+    )
 
   @property
   def stage(self) -> world.Stage:

@@ -8,13 +8,26 @@ import pathlib
 import re
 
 import av
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cacovid_jax import config as config_lib
 from cacovid_jax import errors
 from cacovid_jax.data import frames, readers, video
+from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import llava_onevision
-from cacovid_jax.synthetic import build, packing, questions, render, world
+from cacovid_jax.synthetic import (
+  build,
+  losses,
+  packing,
+  pretraining,
+  questions,
+  render,
+  world,
+)
+from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
 VARIANTS = ("full", "plain")
 KINDS = (
@@ -291,7 +304,7 @@ def test_lengths_are_drawn_and_hold_the_sampled_frames_exactly():
     # The times that frames are drawn at, in sampled frames.
     times = [i * 31 / (length - 1) for i in index.tolist()]
     assert times == list(range(32))
-    assert 0.9 <= rate <= 3.2
+    assert 1 < rate <= 3.2
   for name, (low, high) in zip(
     ("short", "medium", "long"), ((10, 31), (32, 62), (63, 120)), strict=True
   ):
@@ -366,12 +379,105 @@ def test_scenes_told_in_words_tell_changes_places_and_letters():
 
 
 @pytest.mark.parametrize(
-  ("variants", "named"),
+  ("fields", "named"),
   [
-    (("full", "sparse"), "differ in their numbers of frames"),
-    (("crowd", "plain"), "no variant 'crowd' among dense"),
+    ({"variants": ("full", "sparse")}, "differ in their numbers of frames"),
+    ({"variants": ("crowd", "plain")}, "no variant 'crowd' among dense"),
+    ({"kind_shares": (0.0, 0.0)}, "give shares, not all 0, of attribute"),
+    ({"kind_shares": (0.1,) * 11}, "of attribute, where"),
   ],
 )
-def test_variants_that_do_not_go_together_are_refused(variants, named):
+def test_batches_of_nothing_that_there_is_are_refused(fields, named):
   with pytest.raises(errors.UserError, match=named):
-    packing.PackingConfig(tokenizer_file="", variants=variants)
+    packing.PackingConfig(tokenizer_file="", **fields)
+
+
+def test_a_base_model_of_another_size_is_refused(tmp_path):
+  config = config_lib.load(
+    "configs/synthetic_base.py:geometry=full,debug",
+    {"vision.image_size": "112"},
+  )
+  with pytest.raises(errors.UserError, match="full, plain are of 224 pixels"):
+    pretraining.pretrain(config, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tokenizer")
+  tokenizer_training.train(packing.corpus(20, VARIANTS), 640, folder)
+  return str(folder / "tokenizer.json")
+
+
+def test_batches_hold_all_of_questions_words_and_symbols(tokenizer_file):
+  base = config_lib.load("configs/synthetic_base.py:geometry=full,debug")
+  given = base.pretrain.packing.to_dict() | {"text_only": 8}
+  config = packing.PackingConfig(tokenizer_file=tokenizer_file, **given)
+  packer = packing.Packer(config)
+  batch = packer.batch(config.ramp_steps)
+  assert batch["labels"].shape == (2, 6272, 4)
+  assert batch["sprite"].shape == (2, 32, 196)
+  kinds = {questions.KINDS[kind] for kind in batch["kind"].flat if kind >= 0}
+  assert kinds <= set(KINDS)
+  # None is cut off.
+  assert (batch["decisive"] >= 0).sum(-1).max() < config.max_decisive
+  scene, _ = asked("full")[0]
+  clip = packer.clip(np.random.default_rng(0), scene, 0.0)
+  owners = world.token_owners(scene).reshape(-1)
+  for token in range(0, 6272, 37):
+    own = scene.attributes[owners[token]] if owners[token] >= 0 else [-1] * 4
+    assert clip["labels"][token].tolist() == list(own)
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(
+    pathlib.Path(tokenizer_file).parent
+  )
+  words = losses.words_of(world.FULL)
+  assert len(words) == 8 + 4 + 8 + 8 + 4
+  assert len(set(losses.word_ids(tokenizer, world.FULL))) == len(words)
+
+
+def test_the_label_loss_reads_symbols_and_leaves_out_the_middle():
+  stage = world.Stage(1, 2, ("H", "K"))
+  labels = np.full((1, 4, 4), -1, np.int8)
+  labels[0, 0] = 1, 2, 3, -1
+  labels[0, 3] = 4, 0, 5, 1
+  logits = np.random.default_rng(0).normal(size=(1, 4, 27)).astype(np.float32)
+  z = logits[0].astype(np.float64)
+
+  def entropy(row, start, size, value):
+    part = z[row, start : start + size]
+    return np.log(np.exp(part).sum()) - part[value]
+
+  expected = sum(np.log1p(np.exp(-z[row, 0])) for row in (0, 3)) / 3
+  expected += sum(np.log1p(np.exp(z[row, 0])) for row in (1, 2)) / 3
+  for start, size, column in ((1, 8, 0), (9, 4, 1), (13, 8, 2)):
+    expected += (
+      sum(entropy(row, start, size, labels[0, row, column]) for row in (0, 3))
+      / 3
+    )
+  # One of the two has a letter; all four cells are next to the middle.
+  expected += entropy(3, 21, 2, 1) / 2
+  found = losses.label_loss(jnp.asarray(logits), labels, stage)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_jax_draws_what_numpy_draws_at_full_size(monkeypatch):
+  scene = asked("full")[0][0]
+  scene = dataclasses.replace(scene, background=scene.background * 0.6)
+  scene.background[1:, :3] *= 0.3
+  monkeypatch.setattr(losses, "_NOISE", 0.0)
+  monkeypatch.setattr(losses, "_GRAIN", 0.0)
+  monkeypatch.setattr(losses, "_halve_chroma", lambda frames: frames)
+  # Its first two frames are enough.
+  stage = dataclasses.replace(world.FULL, num_frames=2)
+  drawn = [render.slots(scene, float(time)) for time in range(2)]
+  names = ("sprite", "corner", "color")
+  batch = {
+    name: np.stack(part)[None]
+    for name, part in zip(names, zip(*drawn, strict=True), strict=True)
+  }
+  batch["background"] = scene.background[None]
+  found = losses.draw_frames(jax.random.key(0), batch, stage)
+  found = (np.asarray(found[0]) + 1) * 127.5
+  still = np.zeros((224, 224, 1), np.float32)
+  for time, frame in enumerate(found):
+    expected = render.frame(scene, float(time), still)
+    assert np.abs(frame - expected).max() <= 1.0
