@@ -70,12 +70,11 @@ def _make_full(config, debug):
   packing.kind_shares = full.kind_shares
   packing.dense_objects = full.num_objects
   packing.max_decisive = 128
-  packing.question_length = 96
+  packing.question_length = 112
   packing.text_only_length = 256
-  if not debug:
-    # A clip has eight times the tokens of the small geometry.
-    packing.batch_size, packing.text_only = 16, 64
-    config.remat = True
+  # A clip has eight times the tokens of the small geometry.
+  packing.batch_size, packing.text_only = (1, 2) if debug else (16, 64)
+  config.remat = True
 
 
 def _pretrain(debug):

@@ -1,7 +1,7 @@
 """Writes the embedded benchmark to disk in the formats of the real ones.
 
   DIR/videos/<clip>.mp4     H.264 clips, 112 x 112, 8 frames a second; at full
-                            size 224 x 224, one frame a second or more
+                            size 224 x 224, one in two seconds or more
   DIR/train.json            rows as in Video-R1-260k
   DIR/validation.parquet    rows as in VideoMME; so are test and test_fresh
   DIR/captions.jsonl        one or two captions per clip, for retrieval
@@ -100,9 +100,9 @@ def generator_hash(stage: world.Stage = world.SMALL) -> str:
 def length_of(config: BuildConfig, split: str, number: int):
   """Returns (length class, frames, frames a second) of a clip's file.
 
-  Seconds that are drawn have a random stream of their own, and frames are one
-  more than a multiple of the sampled ones less one, at least one a second: so
-  frames sampled evenly show the scene's plan exactly.
+  Seconds that are drawn have a random stream of their own. Frames are then one
+  more than a multiple of T - 1, at least one in two seconds, so that T sampled
+  evenly show the scene's plan exactly.
   """
   place = number % len(DURATIONS)
   duration = tuple(DURATIONS)[place]
@@ -113,7 +113,7 @@ def length_of(config: BuildConfig, split: str, number: int):
   low, high = variant.seconds[place]
   seconds = int(rng.integers(low, high + 1))
   steps = variant.stage.num_frames - 1
-  length = 1 + steps * -(-seconds // steps)
+  length = 1 + steps * -(-seconds // (2 * steps))
   return duration, length, fractions.Fraction(length, seconds)
 
 

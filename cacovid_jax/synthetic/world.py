@@ -131,7 +131,7 @@ VARIANTS = {
   ),
   "full": WorldConfig(
     **_AT_FULL_SIZE,
-    num_objects=(325, 345),
+    num_objects=(370, 390),
     num_distractors=(20, 30),
     texture=22.0,
     num_movers=(8, 12),
