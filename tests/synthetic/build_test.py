@@ -293,12 +293,12 @@ def command(*flags):
 def test_the_command_builds_variants_side_by_side(tmp_path):
   done = command(
     f"--out={tmp_path}",
-    "--variants=dense,sparse",
+    "--variants=dense,sparse,full",
     "--clips=1,0,1,0",
     "--num_workers=1",
   )
   assert done.returncode == 0, done.stderr
-  for variant in ("dense", "sparse"):
+  for variant in ("dense", "sparse", "full"):
     assert (tmp_path / variant / "manifest.json").is_file()
     assert f"{tmp_path / variant}: ready" in done.stdout
   refused = command(f"--out={tmp_path}", "--clips=2,0,1,0")
