@@ -37,7 +37,7 @@ from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.synthetic import questions, render, world
 
 FRAMES_PER_SECOND = 8
-# Frames of a clip by its length class; 16 are sampled from each.
+# Frames of a clip by its length class, of small stages; 16 are sampled.
 DURATIONS = {"short": 32, "medium": 64, "long": 128}
 # The order fixes the random streams: append only. `test_fresh` is a second
 # test split that no choice was ever made on.

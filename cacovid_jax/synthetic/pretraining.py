@@ -59,11 +59,11 @@ def _pretrain(config, workdir):
   config_lib.claim_workdir(workdir, config)
   directory = workdir / "base_model"
   pack = packing_of(config.pretrain, directory)
-  stage, given = pack.stage, config.vision.image_size
+  stage = pack.stage
   errors.check(
-    given == stage.image_size,
-    f"config.vision.image_size {given}: clips of {', '.join(pack.variants)} are"
-    f" of {stage.image_size} pixels",
+    config.vision.image_size == stage.image_size,
+    f"config.vision.image_size {config.vision.image_size}: clips of"
+    f" {', '.join(pack.variants)} are of {stage.image_size} pixels",
   )
   tokenizer_training.train(
     packing.corpus(variants=pack.variants),

@@ -86,9 +86,7 @@ class WorldConfig:
   num_distractors: tuple[int, int]  # Grey patches per clip, as well.
   distractor_life: tuple[int, int] = (2, 5)  # As `life`.
   texture: float  # Amplitude of the moving background, in grey levels.
-  repeats: int = (
-    1  # Of one color and shape pair at most; 1 leaves it to chance.
-  )
+  repeats: int = 1  # Of a color and shape at most; 1 leaves it to chance.
   # Sizes of groups of objects that have all of a name in common, and share of
   # objects with a symbol: of stages that have some.
   groups: tuple[int, ...] = ()
@@ -307,7 +305,7 @@ def _attributes_with_symbols(rng, config, count, num_special, changes):
   others = rng.choice(order[num_special:], count - num_special)
   start = 0
   for size in config.groups:
-    others[start : start + size] = others[start]
+    others[start : start + size] = others[start : start + 1]
     start += size
   codes = np.concatenate([order[:num_special], others])
   names = np.stack(np.unravel_index(codes, sizes), axis=1)

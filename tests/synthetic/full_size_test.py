@@ -402,6 +402,13 @@ def test_batches_of_nothing_that_there_is_are_refused(fields, named):
     packing.PackingConfig(tokenizer_file="", **fields)
 
 
+def test_scenes_may_have_fewer_objects_than_groups_ask_for():
+  few = dataclasses.replace(world.VARIANTS["full"], num_objects=(3, 3))
+  scene = world.sample_scene(np.random.default_rng(0), few)
+  names = [tuple(key[:3]) for key in scene.attributes.tolist()[-3:]]
+  assert names[0] == names[1] != names[2]
+
+
 def test_a_base_model_of_another_size_is_refused(tmp_path):
   config = config_lib.load(
     "configs/synthetic_base.py:geometry=full,debug",
