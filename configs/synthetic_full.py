@@ -31,10 +31,8 @@ def get_config(arg=None):
   common.check_size(arg.size, ("long", "short"))
   given = ["size=small", "variant=full", f"seed={arg.seed}"]
   given += ["paper"] * (arg.paper or arg.public) + ["debug"] * arg.debug
-  config, paper = (
-    synthetic.get_config(",".join(given)),
-    base_config.get_config(),
-  )
+  config = synthetic.get_config(",".join(given))
+  paper = base_config.get_config()
   config.sampling.ratio = paper.sampling.ratio
   config.ratio = paper.ratio
   # Five layers: ahead of one linear map at 10, 5 and 2 % (docs/results.md).
@@ -43,7 +41,10 @@ def get_config(arg=None):
   config.model.path = f"workdirs/{base}/base_model"
   config.data.num_frames = 32
   if arg.public:
-    _as_the_public_code_does(config)
+    config.update_from_flattened_dict(common.RECIPES["public"])
+    config.data.buckets = ((16, 14 * 14), (32, 14 * 14))
+    # Decisive tokens are of 32 frames.
+    config.data.decisive_file = ""
   if arg.debug:
     config.data.root = "workdirs/data/smoke/full"
     return config
@@ -52,11 +53,3 @@ def get_config(arg=None):
   config.evals.ratios = (0.25, 0.2, 0.15, 0.1, 0.05, 0.02, 0.01)
   config.evals.batch_size = 8
   return config
-
-
-def _as_the_public_code_does(config):
-  config.update_from_flattened_dict(common.RECIPES["public"])
-  tokens = 14 * 14
-  config.data.buckets = ((16, tokens), (32, tokens))
-  # Decisive tokens are of 32 frames.
-  config.data.decisive_file = ""
