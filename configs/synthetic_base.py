@@ -7,7 +7,7 @@ Smoke test on CPU in two minutes: `configs/synthetic_base.py:debug`.
 See cacovid_jax/assets/base_model/README.md for what the shipped one reached.
 
 `:geometry=full`: 32 frames of 14 x 14 tokens, for `configs/synthetic_full.py`;
-2.6 M parameters, 5 MB. A run may be stopped and given again. Not run yet.
+2.5 M parameters, 5 MB. A run may be stopped and given again. Not run yet.
 
 python -m cacovid_jax.pretrain --workdir workdirs/base_full \
     --config configs/synthetic_base.py:geometry=full
