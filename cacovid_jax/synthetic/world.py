@@ -235,10 +235,9 @@ def _place_mover(rng, occupied, config):
     path = ((cells + 0.5) * CELL).astype(np.float32)
     if np.abs(np.diff(cells, axis=1)).max() < stage.side // 4:
       continue
-    times = range(first, stage.num_frames)
-    places = np.concatenate([centres(life, path, float(t)) for t in times])
+    times = np.arange(first, stage.num_frames)
     trail = np.zeros(stage.grid, bool)
-    trail[first:] = _shares(places, stage) > 0
+    trail[first:] = _shares(centres(life, path, times), stage) > 0
     if not (trail & occupied).any():
       occupied |= trail
       return life, path
@@ -364,8 +363,11 @@ def sample_scene(rng: np.random.Generator, config: WorldConfig) -> Scene:
   )
 
 
-def centres(life: np.ndarray, path: np.ndarray, time: float) -> np.ndarray:
-  """Returns int[M, 2] centres (x, y) in pixels at `time`, in sampled frames."""
+def centres(life: np.ndarray, path: np.ndarray, time) -> np.ndarray:
+  """Returns int[M, 2] centres (x, y) in pixels at `time`, in sampled frames.
+
+  A time for all, or float[M] one for each; a single object may have several.
+  """
   start = life[:, 0] - 0.5
   share = (time - start) / (life[:, 1] - life[:, 0] + 1.0)
   share = np.clip(share, 0.0, 1.0)[:, None]

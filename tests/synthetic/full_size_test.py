@@ -550,7 +550,9 @@ def test_a_small_stage_with_symbols_is_pretrained(tmp_path, monkeypatch):
   """As the full size is, whose two steps take minutes on a CPU."""
   one, stage = mesh_lib.make_mesh(1), world.Stage(8, 6, world.SYMBOLS)
   monkeypatch.setattr(mesh_lib, "make_mesh", lambda: one)
-  sizes = {"life": (2, 4), "long_life": (6, 8), "num_objects": (10, 12)}
+  sizes = {"num_objects": (10, 12), "life": (2, 4), "long_life": (6, 8)}
+  sizes["distractor_life"] = sizes["life"]
+  monkeypatch.setattr(packing, "corpus", functools.partial(packing.corpus, 30))
   for name in VARIANTS:
     small = dataclasses.replace(world.VARIANTS[name], stage=stage, **sizes)
     monkeypatch.setitem(world.VARIANTS, name, small)
