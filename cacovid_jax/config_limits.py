@@ -45,7 +45,8 @@ _LIMITS = (
     " text.head_dim text.max_positions pretrain.num_steps pretrain.min_keep"
     " pretrain.num_keep pretrain.asked_questions pretrain.log_every"
     " pretrain.probe_every pretrain.probe_clips pretrain.packing.batch_size"
-    " pretrain.packing.questions_per_clip",
+    " pretrain.packing.questions_per_clip pretrain.packing.question_length"
+    " pretrain.packing.text_only_length pretrain.packing.max_decisive",
   ),
   (
     schema.Size,
@@ -132,8 +133,11 @@ _LIMITS = (
   (_SHARES, "ratio.rungs ratio.range evals.ratios"),
   (_SIZES, "prepare.clips data.prompt_rows pretrain.packing.dense_objects"),
   (tuple[_SIZES, ...], "data.buckets"),
-  (tuple[schema.Fraction, ...], "pretrain.packing.text_answer_share"),
-  (tuple[(schema.Share,) * 5], "pretrain.packing.kind_shares"),
+  (tuple[schema.Text, schema.Text], "pretrain.packing.variants"),
+  (
+    tuple[schema.Fraction, ...],
+    "pretrain.packing.text_answer_share pretrain.packing.kind_shares",
+  ),
 )
 
 

@@ -2,6 +2,7 @@ r"""Builds the embedded benchmark: clips, questions, array_record files.
 
 python -m cacovid_jax.prepare --out data/synthetic --variants dense,sparse
 python -m cacovid_jax.prepare --config configs/synthetic.py:size=quickstart
+python -m cacovid_jax.prepare --out data/synthetic --variants full,plain
 
 Skips what is there. Deterministic by --seed. With --tiny_models, checkpoints of
 random weights as well, for the `:debug` forms of configs of released models.
@@ -12,7 +13,7 @@ import pathlib
 
 from cacovid_jax import command, errors, files, terminal
 from cacovid_jax.models import safetensors_io
-from cacovid_jax.synthetic import build, tiny_checkpoints
+from cacovid_jax.synthetic import build, tiny_checkpoints, world
 
 COMMAND = command.Command(
   __doc__,
@@ -57,7 +58,8 @@ def main(args):
     build.prepare(config, variant=variant, directory=directory)
     if not config.prepare.decisive:
       pathlib.Path(directory, "decisive.jsonl").unlink(missing_ok=True)
-    generator = build.generator_hash()[:12]
+    stage = world.VARIANTS[variant].stage
+    generator = build.generator_hash(stage)[:12]
     terminal.tell(f"{directory}: ready (generator {generator})")
 
 

@@ -33,7 +33,7 @@ def parse_arg(arg, **defaults):
 
 
 # What a recipe of released models sets, by its name; all else is the paper's.
-_RECIPES = {
+RECIPES = {
   # As the public code trains, which is what the paper's tables come from.
   "public": {
     "optimizer.schedule": "cosine_repeated",
@@ -54,8 +54,8 @@ _FRAME_TOKENS = 14 * 14
 
 def check_recipe(name):
   """Refuses the name of a recipe that there is not."""
-  known = " or ".join(_RECIPES)
-  errors.check(name in _RECIPES, f"unknown recipe {name!r}: use {known}")
+  known = " or ".join(RECIPES)
+  errors.check(name in RECIPES, f"unknown recipe {name!r}: use {known}")
 
 
 def check_size(size, sizes):
@@ -85,7 +85,7 @@ def released(arg, *, family, sizes):
   config.seed = arg.seed
   config.total_steps = 0  # One epoch.
   config.videos_per_step = arg.devices
-  config.update_from_flattened_dict(_RECIPES[arg.recipe])
+  config.update_from_flattened_dict(RECIPES[arg.recipe])
   config.model.path = f"checkpoints/{family}_{size}"
   config.data.root = "datasets/video_r1"
   config.data.train_file = "filtered.json"

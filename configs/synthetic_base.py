@@ -5,16 +5,23 @@ python -m cacovid_jax.pretrain --config configs/synthetic_base.py \
 Smoke test on CPU in two minutes: `configs/synthetic_base.py:debug`.
 
 See cacovid_jax/assets/base_model/README.md for what the shipped one reached.
+
+`:geometry=full`: 32 frames of 14 x 14 tokens, for `configs/synthetic_full.py`;
+2.5 M parameters, 5 MB. A run may be stopped and given again. Not run yet.
+
+python -m cacovid_jax.pretrain --workdir workdirs/base_full \
+    --config configs/synthetic_base.py:geometry=full
 """
 
 import ml_collections
 
-from cacovid_jax.synthetic import questions
+from cacovid_jax.synthetic import questions, world
 from configs import common
 
 
 def get_config(arg=None):
-  arg = common.parse_arg(arg, debug=False)
+  arg = common.parse_arg(arg, debug=False, geometry="small")
+  common.check_size(arg.geometry, ("small", "full"))
   config = ml_collections.ConfigDict()
   config.vocab_size = 576
   # Widths divisible by 16, so that the policy's heads can halve four times.
@@ -43,7 +50,31 @@ def get_config(arg=None):
   config.attention = "xla" if arg.debug else "cudnn"
   config.remat = False
   config.pretrain = _pretrain(arg.debug)
+  if arg.geometry == "full":
+    _make_full(config, arg.debug)
   return config
+
+
+def _make_full(config, debug):
+  """Takes the paper's 32 frames of 14 x 14 tokens, and what is asked there."""
+  full = world.VARIANTS["full"]
+  config.vocab_size = 640
+  config.vision.image_size = full.stage.image_size
+  config.text.max_positions = 8192
+  pretrain, packing = config.pretrain, config.pretrain.packing
+  # From a hundredth to a tenth of the tokens; with those of a question an even
+  # number, or cuDNN's attention would not differentiate.
+  pretrain.min_keep, pretrain.num_keep = 62, 628
+  pretrain.asked_questions = 1
+  pretrain.probe_clips = 1 if debug else 32
+  packing.variants = ("full", "plain")
+  packing.kind_shares = full.kind_shares
+  packing.dense_objects = full.num_objects
+  packing.max_decisive = 128
+  packing.question_length = 112
+  packing.text_only_length = 256
+  # A clip has eight times the tokens of the small geometry.
+  packing.batch_size, packing.text_only = (1, 2) if debug else (16, 64)
 
 
 def _pretrain(debug):

@@ -25,7 +25,7 @@ def test_its_tokenizer_is_the_one_that_pretraining_makes(tmp_path):
     image_size=config.vision.image_size,
     patch_size=config.vision.patch_size,
     max_length=config.text.max_positions,
-    num_frames=world.NUM_FRAMES,
+    num_frames=world.SMALL.num_frames,
   )
   names = sorted(path.name for path in tmp_path.iterdir())
   assert "tokenizer.json" in names
@@ -53,16 +53,16 @@ def test_it_answers_questions_about_clips_it_never_saw():
   prompts = packed.PackedPrompts(
     checkpoint.model,
     prefix,
-    world.NUM_TOKENS,
+    world.SMALL.num_tokens,
     pack.questions_per_clip,
     pack.question_length,
   )
   mesh = mesh_lib.make_mesh(1)
-  rules = pretraining.probe_rules(world.NUM_TOKENS)
+  rules = pretraining.probe_rules(world.SMALL.num_tokens)
   rules = {"random": rules["random_0.10"], "decisive": rules["decisive_0.10"]}
   probe = pretraining.make_probe(prompts, rules, mesh)
   hits = probe(checkpoint.params, jax.random.key(0), batch)
-  assert set(batch["kind"].flat) == set(range(len(questions.KINDS)))
+  assert set(batch["kind"].flat) == set(range(len(questions.SHARES)))
   hits = {name: np.asarray(hit).mean() for name, hit in hits.items()}
   assert hits["vanilla"] >= 0.95
   assert hits["decisive"] >= 0.95

@@ -40,7 +40,7 @@ class Clips:
     train, test = self.count
     changes = {
       "data.root": self.root,
-      "data.num_frames": world.NUM_FRAMES,
+      "data.num_frames": world.SMALL.num_frames,
       "data.feature_cache": os.path.join(self.root, "features"),
       "model.dtype": "float32",
       "prepare.variants": (self.variant,),
@@ -114,7 +114,7 @@ def _few(x, num_tokens):
 
   @jax.jit
   def choose(tokens):
-    inputs = base.CompressorInputs(features=tokens, grid=world.GRID)
+    inputs = base.CompressorInputs(features=tokens, grid=world.SMALL.grid)
     return method.select(inputs, num_keep=num_tokens).features
 
   return np.stack([choose(one.reshape(-1, one.shape[-1])) for one in x])

@@ -1,6 +1,7 @@
 """Writes the embedded benchmark to disk in the formats of the real ones.
 
-  DIR/videos/<clip>.mp4     H.264 clips, 112 x 112, 8 frames a second
+  DIR/videos/<clip>.mp4     H.264 clips, 112 x 112, 8 frames a second; at full
+                            size 224 x 224, one in two seconds or more
   DIR/train.json            rows as in Video-R1-260k
   DIR/validation.parquet    rows as in VideoMME; so are test and test_fresh
   DIR/captions.jsonl        one or two captions per clip, for retrieval
@@ -14,6 +15,7 @@ first clips.
 
 import concurrent.futures
 import dataclasses
+import fractions
 import functools
 import hashlib
 import itertools
@@ -35,7 +37,7 @@ from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.synthetic import questions, render, world
 
 FRAMES_PER_SECOND = 8
-# Frames of a clip by its length class; 16 are sampled from each.
+# Frames of a clip by its length class, of small stages; 16 are sampled.
 DURATIONS = {"short": 32, "medium": 64, "long": 128}
 # The order fixes the random streams: append only. `test_fresh` is a second
 # test split that no choice was ever made on.
@@ -66,43 +68,72 @@ class BuildConfig:
 
 
 @functools.cache
-def generator_hash() -> str:
+def generator_hash(stage: world.Stage = world.SMALL) -> str:
   """Returns the sha256 of what is drawn and asked, in hexadecimal digits.
 
   Of frames (before the codec sees them), captions, questions and evidence
-  tokens of three clips of each variant, not of the sources.
+  tokens of three clips of each variant of a stage, not of the sources.
   """
   digest = hashlib.sha256()
   for variant in sorted(world.VARIANTS):
+    if world.VARIANTS[variant].stage != stage:
+      continue
     config = BuildConfig(variant=variant)
-    for number, (duration, length) in enumerate(DURATIONS.items()):
+    for number in range(len(DURATIONS)):
       scene, asked = draw(config, "train", number)
-      digest.update(f"{variant} {duration} {FRAMES_PER_SECOND}".encode())
+      duration, length, rate = length_of(config, "train", number)
+      digest.update(f"{variant} {duration} {rate}".encode())
+      if world.VARIANTS[variant].seconds:
+        # What is between sampled frames takes long, and is drawn as they are.
+        length = stage.num_frames
       for frame in render.clip(scene, length):
         digest.update(np.ascontiguousarray(frame).data)
       captions = captions_of(config, "train", number, scene)
       digest.update(json.dumps(captions).encode())
-      for question in asked:
-        fields = [*dataclasses.astuple(question), question.tokens(scene)]
+      for one in asked:
+        fields = [one.kind, one.text, one.options, one.answer, one.objects]
+        fields.append(one.tokens(scene))
         digest.update(json.dumps(fields, default=int).encode())
   return digest.hexdigest()
 
 
-def encode(path, frames) -> None:
-  """Writes uint8[h, w, 3] RGB frames as an H.264 mp4 file."""
+def length_of(config: BuildConfig, split: str, number: int):
+  """Returns (length class, frames, frames a second) of a clip's file.
+
+  Seconds that are drawn have a random stream of their own. Frames are then one
+  more than a multiple of T - 1, at least one in two seconds, so that T sampled
+  evenly show the scene's plan exactly.
+  """
+  place = number % len(DURATIONS)
+  duration = tuple(DURATIONS)[place]
+  variant = world.VARIANTS[config.variant]
+  if variant.seconds is None:
+    return duration, DURATIONS[duration], FRAMES_PER_SECOND
+  rng = np.random.default_rng((config.seed, SPLITS.index(split), number, 2))
+  low, high = variant.seconds[place]
+  seconds = int(rng.integers(low, high + 1))
+  steps = variant.stage.num_frames - 1
+  length = 1 + steps * -(-seconds // (2 * steps))
+  return duration, length, fractions.Fraction(length, seconds)
+
+
+def encode(path, frames, rate=FRAMES_PER_SECOND) -> None:
+  """Writes uint8[h, w, 3] RGB frames, all of a size, as an H.264 mp4 file."""
+  frames = iter(frames)
+  first = next(frames)
   with (
     files.replacing(path) as partial,
     av.open(os.fspath(partial), "w", format="mp4") as container,
   ):
-    stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND)
-    stream.width = stream.height = world.IMAGE_SIZE
+    stream = container.add_stream("libx264", rate=rate)
+    stream.height, stream.width = first.shape[:2]
     stream.pix_fmt = "yuv420p"
     # Bytes that depend on the frames alone: several threads would make them
     # depend on the machine, and x264's macroblock tree reads memory that it
     # did not write (one clip in twenty differed from run to run).
     reproducible = {"threads": "1", "x264-params": "mbtree=0"}
     stream.options = dict(crf="12", preset="veryfast", g="32") | reproducible
-    for frame in frames:
+    for frame in itertools.chain([first], frames):
       picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
       container.mux(stream.encode(picture))
     container.mux(stream.encode())
@@ -111,8 +142,11 @@ def encode(path, frames) -> None:
 def draw(config: BuildConfig, split: str, number: int):
   """Returns (scene, questions) of a clip."""
   rng = np.random.default_rng((config.seed, SPLITS.index(split), number))
-  scene = world.sample_scene(rng, world.VARIANTS[config.variant])
-  asked = questions.sample_questions(rng, scene, config.questions_per_clip)
+  variant = world.VARIANTS[config.variant]
+  scene = world.sample_scene(rng, variant)
+  asked = questions.sample_questions(
+    rng, scene, config.questions_per_clip, variant.kind_shares
+  )
   return scene, asked
 
 
@@ -130,11 +164,11 @@ def make_clip(config: BuildConfig, directory: str, split: str, number: int):
   Rows have id, clip, duration, question and decisive tokens.
   """
   scene, asked = draw(config, split, number)
-  duration = tuple(DURATIONS)[number % len(DURATIONS)]
+  duration, length, rate = length_of(config, split, number)
   name = f"{config.variant}_{split}_{number:05d}"
   path = os.path.join(directory, "videos", f"{name}.mp4")
   if not os.path.exists(path):
-    encode(path, render.clip(scene, DURATIONS[duration]))
+    encode(path, render.clip(scene, length), rate)
   row = {"clip": name, "duration": duration}
   told = {"clip": name, "captions": captions_of(config, split, number, scene)}
   return told, [
@@ -150,10 +184,11 @@ def build(config, directory, *, num_workers=2, on_clip=lambda done: None):
   encode; `on_clip` is called with the number of clips that are done.
   """
   directory = pathlib.Path(directory)
+  stage = world.VARIANTS[config.variant].stage
   manifest = {
     **dataclasses.asdict(config),
     "clips": list(config.clips),
-    "generator_hash": generator_hash(),
+    "generator_hash": generator_hash(stage),
   }
   if not _is_there(directory, manifest):
     hint = "or give another --out"
@@ -162,7 +197,7 @@ def build(config, directory, *, num_workers=2, on_clip=lambda done: None):
       if not _is_there(directory, manifest):
         _build(config, directory, num_workers, on_clip)
         # Last: a directory with a manifest is complete.
-        frames = {"num_frames": world.NUM_FRAMES}  # Of decisive tokens.
+        frames = {"num_frames": stage.num_frames}  # Of decisive tokens.
         files.write_json(directory / MANIFEST, manifest | frames)
   return str(directory)
 

@@ -32,24 +32,23 @@ import optax
 from cacovid_jax import errors
 from cacovid_jax.synthetic import questions, render, world
 
-ATTRIBUTES = tuple(map(len, world.ATTRIBUTES))
 # Standard deviation of a clip's static noise, in grey levels; and of the noise
 # of each frame, which stands for compression.
 _NOISE, _GRAIN = 4.0, 2.0
 
 
-def draw_frames(rng, batch):
+def draw_frames(rng, batch, stage=world.SMALL):
   """Draws a batch's sampled frames, as a codec would show them.
 
-  Returns float32[B, T, 112, 112, 3] in [-1, 1], of what `render.slots` draws.
+  Returns float32[B, T, h, w, 3] in [-1, 1], of what `render.slots` draws.
   """
   opacity, shade = map(jnp.asarray, render.sprite_tables())
-  size = world.IMAGE_SIZE
+  size = stage.image_size
   static_rng, frame_rng = jax.random.split(rng)
   shape = (len(batch["sprite"]), 1, size, size, 1)
   static = jax.random.normal(static_rng, shape) * _NOISE
-  times = jnp.arange(world.NUM_FRAMES, dtype=jnp.float32)
-  background = functools.partial(render.background, xp=jnp)
+  times = jnp.arange(stage.num_frames, dtype=jnp.float32)
+  background = functools.partial(render.background, size=size, xp=jnp)
   background = jax.vmap(jax.vmap(background, (None, 0)), (0, None))
   frames = background(batch["background"], times) + static
 
@@ -95,10 +94,10 @@ class LabelHead(nn.Module):
 
   @nn.compact
   def __call__(self, features, words):
-    """Returns float32[..., 25] logits of video tokens float[..., D].
+    """Returns float32[..., 1 + W] logits of video tokens float[..., D].
 
-    Of an object, its color, pattern, shape and place; `words` are float[24, D]
-    embeddings of the latter.
+    Of an object, its attributes and place; `words` are float[W, D] embeddings
+    of the latter.
     """
     features = _of_size_one(features)
     words = words.astype(jnp.float32)
@@ -148,24 +147,29 @@ def size_loss(features, table):
   return jnp.square(size - jax.lax.stop_gradient(target)).mean()
 
 
-def label_loss(logits, labels):
-  """Returns the loss of the label head's logits float32[B, N, 25].
+def label_loss(logits, labels, stage=world.SMALL):
+  """Returns the loss of the label head's logits float32[B, N, 1 + W].
 
-  Labels int8[B, N, 3] are color, pattern and shape, -1 without an object.
+  Labels int8[B, N, A] are the stage's attributes, -1 without an object or
+  without a symbol.
   """
   labels = labels.astype(jnp.int32)
-  present = (labels[..., 0] >= 0).astype(jnp.float32)
+  known_at = (labels >= 0).astype(jnp.float32)
+  present = known_at[..., 0]
   cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-  sizes = np.cumsum([1, *ATTRIBUTES])
+  sizes = np.cumsum([1, *map(len, stage.attributes)])
   first, *parts = jnp.split(logits, sizes, axis=-1)
   # Apart, because objects cover few tokens.
   loss = balanced_binary_loss(first[..., 0], present)
-  # Of objects alone, as attributes are; the middle lines have no name.
-  sides = (world.NUM_ROWS, world.NUM_COLS)
-  row, column = np.tile(np.indices(sides).reshape(2, -1), world.NUM_FRAMES)
-  place = 2 * (row > sides[0] // 2) + (column > sides[1] // 2)
-  clear = (row != sides[0] // 2) & (column != sides[1] // 2)
-  known = [(labels[..., number], present) for number in range(len(ATTRIBUTES))]
+  # Of objects alone, as attributes are; next to a middle line none has a name.
+  sides = np.indices((stage.side, stage.side)).reshape(2, -1)
+  row, column = np.tile(sides, stage.num_frames) - (stage.side - 1) / 2
+  place = 2 * (row > 0) + (column > 0)
+  clear = np.minimum(abs(row), abs(column)) > 0.5
+  known = [
+    (labels[..., number], known_at[..., number])
+    for number in range(len(stage.attributes))
+  ]
   known.append((jnp.broadcast_to(place, present.shape), present * clear))
   for part, (truth, told) in zip(parts, known, strict=True):
     entropy = cross_entropy(part, jnp.maximum(truth, 0))
@@ -173,11 +177,15 @@ def label_loss(logits, labels):
   return loss
 
 
-def word_ids(tokenizer):
-  """Returns int32[24], the one token of each attribute's and place's word."""
-  words = [word for names in world.ATTRIBUTES for word in names]
-  words += questions.PLACES
-  ids = {word: tokenizer.encode(f" {word}") for word in words}
+def words_of(stage=world.SMALL) -> list[str]:
+  """Returns the W words that the label head reads."""
+  words = [word for names in stage.attributes for word in names]
+  return [*words, *questions.PLACES]
+
+
+def word_ids(tokenizer, stage=world.SMALL):
+  """Returns int32[W], the one token of each attribute's and place's word."""
+  ids = {word: tokenizer.encode(f" {word}") for word in words_of(stage)}
   split = [word for word, found in ids.items() if len(found) > 1]
   if split:
     raise errors.UserError(
@@ -259,7 +267,9 @@ def merged_shares(rng, batch, config):
   return merged * jax.random.uniform(rngs[1], rows)
 
 
-def answer_losses(prompts, params, rng, batch, *, config, word_ids):
+def answer_losses(
+  prompts, params, rng, batch, *, config, word_ids, stage=world.SMALL
+):
   """Returns the six losses {name: float32[]}, and which answers are right.
 
   The latter {"full", "pruned": bool[B, Q], "told": bool[B, 1]}; `prompts` are
@@ -267,7 +277,7 @@ def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   """
   frame_rng, subset_rng = jax.random.split(rng)
   model, weights = prompts.model, params["model"]
-  pixels = draw_frames(frame_rng, batch).astype(model.dtype)
+  pixels = draw_frames(frame_rng, batch, stage).astype(model.dtype)
   features = prompts.encode(weights, pixels)
   ids, target = batch["ids"], batch["target"]
   index, valid = lossy_subsets(subset_rng, batch, config)
@@ -315,5 +325,5 @@ def answer_losses(prompts, params, rng, batch, *, config, word_ids):
   head = {"params": params["head"]}
   labels = LabelHead().apply(head, features, table[word_ids])
   found["size"] = size_loss(features, table)
-  found["labels"] = label_loss(labels, batch["labels"])
+  found["labels"] = label_loss(labels, batch["labels"], stage)
   return found, right

@@ -33,12 +33,13 @@ class PackedPrompts:
   def text_start(self) -> int:
     return len(self.prefix) + self.num_video + 1
 
-  def packed_mask(self) -> np.ndarray:
+  def packed_mask(self) -> jax.Array:
     """Returns bool[L, L]: causal, and no question sees another."""
     length = self.num_questions * self.question_length
     question = 1 + np.arange(length) // self.question_length
-    segment = np.concatenate([np.zeros(self.text_start, int), question])
-    causal = np.tril(np.ones((len(segment),) * 2, bool))
+    # A program computes it: as a constant, thousands of rows are 50 MB of it.
+    segment = jnp.pad(question, (self.text_start, 0))
+    causal = jnp.tril(jnp.ones((len(segment),) * 2, bool))
     same = segment[:, None] == segment[None, :]
     return causal & (same | (segment == 0)[None, :])
 

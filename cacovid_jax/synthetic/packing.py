@@ -36,7 +36,10 @@ class PackingConfig:
   question_length: int = 68  # Tokens per question, answer included.
   text_only: int = 64  # Rows per step whose scene is told in words.
   text_only_length: int = 128  # Tokens of such a row.
-  sparse_share: float = 0.25  # Of clips.
+  max_decisive: int = 24  # Tokens of a question; those beyond are left out.
+  # Of `world.VARIANTS`, of one stage: a crowded one and one with few objects.
+  variants: tuple[str, str] = ("dense", "sparse")
+  sparse_share: float = 0.25  # Of clips, of the latter.
   # How often each of `questions.KINDS` is drawn.
   kind_shares: tuple[float, ...] = questions.SHARES
   # Askable objects of the others, inclusive range.
@@ -46,8 +49,22 @@ class PackingConfig:
   ramp_steps: int = 1000  # In which the number of objects grows to its range.
   num_steps: int = 10_000  # Of the whole training.
 
+  def __post_init__(self):
+    known = ", ".join(world.VARIANTS)
+    for name in self.variants:
+      errors.check(name in world.VARIANTS, f"no variant {name!r} among {known}")
+    stages = {world.VARIANTS[name].stage for name in self.variants}
+    told = "differ in their numbers of frames and cells; give two of one size"
+    errors.check(len(stages) == 1, f"variants {self.variants} {told}")
+    errors.check(
+      len(self.kind_shares) <= len(questions.KINDS) and any(self.kind_shares),
+      f"kind_shares {self.kind_shares}: give shares, not all 0, of"
+      f" {', '.join(questions.KINDS)}",
+    )
 
-MAX_DECISIVE = 24
+  @property
+  def stage(self) -> world.Stage:
+    return world.VARIANTS[self.variants[0]].stage
 
 
 def prompt_text(question: questions.SceneQuestion, problem_type: str) -> str:
@@ -57,17 +74,33 @@ def prompt_text(question: questions.SceneQuestion, problem_type: str) -> str:
 
 
 def describe(scene: world.Scene) -> str:
-  """Tells a sparse scene in words, in order of appearance."""
+  """Tells a sparse scene in words, in order of appearance.
+
+  An object that changes is told once, with what it turns into; one that moves
+  with the places where it is first and last.
+  """
   facts, lines = questions.Facts(scene), []
+  into = dict(scene.changes)
   for obj in np.argsort(scene.life[:, 0], kind="stable"):
-    place, _ = questions.place_of(scene, obj)
-    lines.append(f"{facts.name(obj)} {place}")
+    if obj in into.values():
+      continue
+    words = [facts.name(obj), facts.symbol(obj)]
+    if obj in into:
+      words += ["turns into", facts.name(into[obj])]
+    if scene.moves(obj):
+      words += questions.end_places(scene, obj) or ()
+    else:
+      words.append(questions.place_of(scene, obj)[0])
+    lines.append(" ".join(filter(None, words)))
   return "\n".join(lines)
 
 
-def corpus(num_scenes: int = 200) -> list[str]:
+def corpus(
+  num_scenes: int = 200, variants: tuple[str, str] = ("dense", "sparse")
+) -> list[str]:
   """Returns texts of the training split to build a vocabulary from."""
   rng = np.random.default_rng(0)
+  crowded, plain = (world.VARIANTS[name] for name in variants)
   # The template, and the wording of prompts that benchmarks use.
   texts = [
     f"{PREFIX}\nassistant\nsystem\nYou are a helpful assistant.",
@@ -78,10 +111,10 @@ def corpus(num_scenes: int = 200) -> list[str]:
     "\nOnly give the best option.\nBest option: (",
   ] * num_scenes
   for _ in range(num_scenes):
-    scene = world.sample_scene(rng, world.VARIANTS["sparse"])
-    texts.append(describe(scene))
-    dense = world.sample_scene(rng, world.VARIANTS["dense"])
-    for question in questions.sample_questions(rng, dense, 8):
+    texts.append(describe(world.sample_scene(rng, plain)))
+    scene = world.sample_scene(rng, crowded)
+    shares = crowded.kind_shares
+    for question in questions.sample_questions(rng, scene, 8, shares):
       for problem_type in (rows.MULTIPLE_CHOICE, rows.FREE_FORM):
         texts.append("\n" + prompt_text(question, problem_type))
       texts.append(question.options[question.answer])
@@ -126,9 +159,9 @@ class Packer:
   def _world(self, rng, step):
     config = self.config
     if rng.random() < config.sparse_share:
-      return world.VARIANTS["sparse"]
+      return world.VARIANTS[config.variants[1]]
     dense = dataclasses.replace(
-      world.VARIANTS["dense"], num_objects=config.dense_objects
+      world.VARIANTS[config.variants[0]], num_objects=config.dense_objects
     )
     share = min(1.0, step / max(1, config.ramp_steps))
     # A fifth of the clips stays between the variants in density.
@@ -143,7 +176,7 @@ class Packer:
     length = self.config.question_length
     ids = np.full((count, length), self.pad, np.int32)
     target = np.zeros((count, length), bool)
-    decisive = np.full((count, MAX_DECISIVE), -1, np.int16)
+    decisive = np.full((count, self.config.max_decisive), -1, np.int16)
     kind = np.full(count, -1, np.int8)
     in_words = np.zeros(count, bool)
     found = questions.sample_questions(
@@ -153,10 +186,11 @@ class Packer:
       ids[i], target[i], in_words[i] = self._question(
         rng, question, text_share, length
       )
-      tokens = question.tokens(scene)[:MAX_DECISIVE]
+      tokens = question.tokens(scene)[: self.config.max_decisive]
       decisive[i, : len(tokens)] = tokens
       kind[i] = questions.KINDS.index(question.kind)
-    drawn = [render.slots(scene, float(t)) for t in range(world.NUM_FRAMES)]
+    times = map(float, range(scene.stage.num_frames))
+    drawn = [render.slots(scene, time) for time in times]
     sprite, corner, color = map(np.stack, zip(*drawn, strict=True))
     owners = world.token_owners(scene).reshape(-1)
     labels = np.where(
@@ -184,7 +218,7 @@ class Packer:
     config, told = self.config, []
     shares, length = config.kind_shares, config.text_only_length
     while len(told) < config.text_only:
-      scene = world.sample_scene(rng, world.VARIANTS["sparse"])
+      scene = world.sample_scene(rng, world.VARIANTS[config.variants[1]])
       prefix = PREFIX + describe(scene)
       # Several of a scene: drawing one takes longer than asking about it.
       for question in questions.sample_questions(rng, scene, 4, shares):

@@ -58,14 +58,21 @@ def pretrain(config, workdir):
 def _pretrain(config, workdir):
   config_lib.claim_workdir(workdir, config)
   directory = workdir / "base_model"
+  pack = packing_of(config.pretrain, directory)
+  stage = pack.stage
+  errors.check(
+    config.vision.image_size == stage.image_size,
+    f"config.vision.image_size {config.vision.image_size}: clips of"
+    f" {', '.join(pack.variants)} are of {stage.image_size} pixels",
+  )
   tokenizer_training.train(
-    packing.corpus(),
+    packing.corpus(variants=pack.variants),
     config.vocab_size,
     directory,
     image_size=config.vision.image_size,
     patch_size=config.vision.patch_size,
     max_length=config.text.max_positions,
-    num_frames=world.NUM_FRAMES,
+    num_frames=stage.num_frames,
   )
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
   model = model_of(config, tokenizer)
@@ -74,7 +81,7 @@ def _pretrain(config, workdir):
   # because float16 would round small weights to zero.
   stored = {"eos_ids": ends, "pad_id": ends[1], "dtype": jnp.bfloat16}
   saved, given = workdir / "checkpoints", config_lib.config_hash(config)
-  state = init_state(model, config.pretrain)
+  state = init_state(model, config.pretrain, stage)
   start, state = _resumed(saved, state, given)
   writer = metrics_lib.MetricsWriter(workdir, start)
   num_steps = config.pretrain.num_steps
@@ -153,7 +160,14 @@ def make_tx(config):
   return optax.chain(optax.clip_by_global_norm(1.0), muon), schedule
 
 
-def init_params(rng, model):
+def packing_of(config, directory) -> packing.PackingConfig:
+  """Returns what batches of a pretraining section are like."""
+  path = os.path.join(directory, "tokenizer.json")
+  given = {"seed": config.seed, "num_steps": config.num_steps, **config.packing}
+  return packing.PackingConfig(tokenizer_file=path, **given)
+
+
+def init_params(rng, model, stage=world.SMALL):
   """Returns all parameters; residual writes start small, as depth asks."""
   model_rng, head_rng = jax.random.split(rng)
   params, text = model.init(model_rng), model.config.text
@@ -164,29 +178,29 @@ def init_params(rng, model):
     language["layers"][name]["kernel"] = kernel * scale
   language["embed_tokens"] = language["embed_tokens"] * 4.0
   token = jnp.zeros((1, text.hidden_size))
-  num_words = sum(losses_lib.ATTRIBUTES) + len(questions.PLACES)
-  words = jnp.zeros((num_words, text.hidden_size))
+  words = jnp.zeros((len(losses_lib.words_of(stage)), text.hidden_size))
   head = losses_lib.LabelHead().init(head_rng, token, words)
   asked = losses_lib.AskedHead().init(head_rng, token)
   return {"model": params, "head": head["params"], "asked": asked["params"]}
 
 
-def init_state(model, config):
+def init_state(model, config, stage=world.SMALL):
   """Returns {"params", "opt_state"} of step 0, on all devices."""
   # Placed as `make_update` returns it, or that would compile a second time.
   whole = jax.sharding.NamedSharding(mesh_lib.make_mesh(), P())
-  params = init_params(jax.random.key(config.seed), model)
+  params = init_params(jax.random.key(config.seed), model, stage)
   params = jax.device_put(params, whole)
   opt_state = jax.jit(make_tx(config)[0].init)(params)
   return {"params": params, "opt_state": jax.device_put(opt_state, whole)}
 
 
-def make_update(prompts, tx, config, word_ids, mesh):
+def make_update(prompts, tx, config, word_ids, mesh, stage=world.SMALL):
   """Returns the jitted step; its batch is split over the mesh's axis `data`."""
 
   def loss_fn(params, rng, batch):
+    given = {"config": config, "word_ids": word_ids, "stage": stage}
     losses, right = losses_lib.answer_losses(
-      prompts, params, rng, batch, config=config, word_ids=word_ids
+      prompts, params, rng, batch, **given
     )
     total = sum(config.weights[name] * loss for name, loss in losses.items())
     metrics = {f"loss_{name}": loss for name, loss in losses.items()}
@@ -212,13 +226,13 @@ def make_update(prompts, tx, config, word_ids, mesh):
   return jax.jit(update, donate_argnums=0)
 
 
-def make_probe(prompts, rules, mesh):
+def make_probe(prompts, rules, mesh, stage=world.SMALL):
   """Returns a jitted probe: hits of lettered questions by `probe_rules`."""
 
   def probe(params, rng, batch):
     rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
     frame_rng, rule_rng = jax.random.split(rng)
-    pixels = losses_lib.draw_frames(frame_rng, batch)
+    pixels = losses_lib.draw_frames(frame_rng, batch, stage)
     features = prompts.encode(params, pixels.astype(prompts.model.dtype))
     ids, target = batch["ids"], batch["target"]
     logits = prompts.full_logits(params, features, ids)
@@ -289,14 +303,13 @@ def train(model, tokenizer, config, state, start=0):
   Raises:
     UserError: the loss is not finite.
   """
-  path = os.path.join(tokenizer.name, "tokenizer.json")
-  given = {"seed": config.seed, "num_steps": config.num_steps, **config.packing}
-  pack = packing.PackingConfig(tokenizer_file=path, **given)
-  word_ids = losses_lib.word_ids(tokenizer)
+  pack = packing_of(config, tokenizer.name)
+  stage = pack.stage
+  word_ids = losses_lib.word_ids(tokenizer, stage)
   prompts = packed.PackedPrompts(
     model,
     tokenizer.encode(packing.PREFIX),
-    world.NUM_TOKENS,
+    stage.num_tokens,
     pack.questions_per_clip,
     pack.question_length,
   )
@@ -310,11 +323,11 @@ def train(model, tokenizer, config, state, start=0):
       )
   split = jax.sharding.NamedSharding(mesh, P("data"))
   tx, schedule = make_tx(config)
-  update = make_update(prompts, tx, config, word_ids, mesh)
-  probe = make_probe(prompts, probe_rules(world.NUM_TOKENS), mesh)
+  update = make_update(prompts, tx, config, word_ids, mesh, stage)
+  probe = make_probe(prompts, probe_rules(stage.num_tokens), mesh, stage)
   tests = {
     name: jax.device_put(held_out(pack, name, config.probe_clips), split)
-    for name in world.VARIANTS
+    for name in pack.variants
   }
   since, seen, workers = time.time(), start, config.num_workers
   stream = packing.batches(pack, first_step=start, num_workers=workers)

@@ -1,14 +1,19 @@
 """Questions about scenes, with the tokens that their answers rest on.
 
-Six kinds: the color, shape or pattern of an object named by the other two
+Kinds: the color, shape or pattern of an object named by the other two
 attributes ("attribute"), "where" an object is, which of four comes "first",
-which of four comes "after" or "before" a named one ("order"), and "count". A
-question is only asked of objects that its words single out in the whole clip.
+which of four comes "after" or "before" a named one ("order"), and "count". Five
+harder ones, of stages with symbols: the "symbol" that an object carries, how
+many objects of one name the clip shows over time ("count_over_time"), the order
+in which three appear ("order_of_three"), what an object turns into ("changed"),
+and where one that moves is in the last frame ("last_place"). A question is only
+asked of objects that its words single out in the whole clip.
 """
 
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +23,8 @@ from cacovid_jax.synthetic import world
 LETTERS = "ABCD"
 # One word each, as colors and shapes are.
 PLACES = ("northwest", "northeast", "southwest", "southeast")
+# Cells from an object to a middle line, at least, for its place to be asked.
+_CLEAR = 0.6
 # Sampled frames between two first appearances, at least, for their order to
 # be asked.
 _ORDER_GAP = 2
@@ -32,10 +39,11 @@ class SceneQuestion:
   options: tuple[str, ...]  # Without letters, in the order shown.
   answer: int  # Index of the right option.
   objects: tuple[int, ...]  # That the question is about.
+  frames: tuple[int, ...] | None = None  # That it is about; None is all.
 
   def tokens(self, scene: world.Scene) -> list[int]:
     """Returns the decisive tokens, flat and ascending."""
-    return world.covered_tokens(scene, self.objects)
+    return world.covered_tokens(scene, self.objects, self.frames)
 
 
 class Facts:
@@ -44,30 +52,61 @@ class Facts:
   def __init__(self, scene: world.Scene):
     self.scene = scene
     self.keys = [tuple(int(v) for v in row) for row in scene.attributes]
+    # Of objects that change: what they are called is true of a while.
+    self.phases = {obj for change in scene.changes for obj in change}
     self.groups = {}
-    for parts in ((0, 1, 2), (0, 1), (0, 2), (1, 2)):
+    for parts in (world.NAME, (0, 1), (0, 2), (1, 2)):
       self.groups[parts] = table = collections.defaultdict(list)
       for obj, key in enumerate(self.keys):
         table[tuple(key[p] for p in parts)].append(obj)
 
   def unique(self, parts: tuple[int, ...]) -> list[int]:
-    """Objects singled out by these attributes alone."""
-    return [v[0] for v in self.groups[parts].values() if len(v) == 1]
+    """Objects singled out by these attributes alone, that keep them."""
+    alone = (v[0] for v in self.groups[parts].values() if len(v) == 1)
+    return [obj for obj in alone if obj not in self.phases]
 
-  def name(self, obj: int, parts: Sequence[int] = (0, 1, 2)) -> str:
-    key = self.keys[obj]
-    return " ".join(world.ATTRIBUTES[p][key[p]] for p in sorted(parts))
+  def name(self, obj: int, parts: Sequence[int] = world.NAME) -> str:
+    return name_of(self.keys[obj], parts)
+
+  def symbol(self, obj: int) -> str | None:
+    """Returns the symbol that an object carries."""
+    if not (symbols := self.scene.stage.symbols):
+      return None
+    found = self.keys[obj][len(world.NAME)]
+    return None if found < 0 else symbols[found]
 
   def onset(self, obj: int) -> int:
     return int(self.scene.life[obj, 0])
 
 
-def place_of(scene: world.Scene, obj: int) -> tuple[str, float]:
-  """Returns where an object is, and its cells to the nearer middle line."""
-  middle = (world.NUM_ROWS - 1) / 2
-  x, y = scene.path[obj].mean(0) / world.CELL - 0.5
+def name_of(key: Sequence[int], parts: Sequence[int] = world.NAME) -> str:
+  """Returns the words of an object's attributes."""
+  return " ".join(world.ATTRIBUTES[p][key[p]] for p in sorted(parts))
+
+
+def _place_at(stage, centre) -> tuple[str, float]:
+  middle = (stage.side - 1) / 2
+  x, y = centre / world.CELL - 0.5
   name = PLACES[2 * int(y > middle) + int(x > middle)]
   return name, min(abs(x - middle), abs(y - middle))
+
+
+def place_of(scene: world.Scene, obj: int) -> tuple[str, float]:
+  """Returns where an object is, and its cells to the nearer middle line."""
+  return _place_at(scene.stage, scene.path[obj].mean(0))
+
+
+def end_places(scene: world.Scene, obj: int) -> tuple[str, str] | None:
+  """Returns where an object is when it is first and when it is last seen.
+
+  None too close to a middle line in either frame.
+  """
+  found = []
+  for time in scene.life[obj]:
+    one = scene.life[[obj]], scene.path[[obj]], float(time)
+    found.append(_place_at(scene.stage, world.centres(*one)[0]))
+  names, distances = zip(*found, strict=True)
+  return names if min(distances) >= _CLEAR else None
 
 
 def _pick(rng, items):
@@ -107,14 +146,14 @@ def _attribute(rng, facts):
 
 
 def _clear_place(scene, obj):
-  """Returns where an object is, None too close to a middle line."""
+  """Returns where an object stays, None too close to a middle line."""
   name, distance = place_of(scene, obj)
-  return None if distance < 0.6 else name
+  return None if distance < _CLEAR or scene.moves(obj) else name
 
 
 def _where(rng, facts):
   place = functools.partial(_clear_place, facts.scene)
-  obj = _pick(rng, [o for o in facts.unique((0, 1, 2)) if place(o)])
+  obj = _pick(rng, [o for o in facts.unique(world.NAME) if place(o)])
   if obj is None:
     return None
   right = place(obj)
@@ -125,7 +164,7 @@ def _where(rng, facts):
 
 def _in_any_order(rng, facts):
   """Returns the objects that all three attributes single out, shuffled."""
-  named = facts.unique((0, 1, 2))
+  named = facts.unique(world.NAME)
   return [named[i] for i in rng.permutation(len(named))]
 
 
@@ -184,30 +223,126 @@ def _count(rng, facts):
   return _shuffled(rng, right, wrong, **about)
 
 
+def _symbol(rng, facts):
+  obj = _pick(rng, [o for o in facts.unique(world.NAME) if facts.symbol(o)])
+  if obj is None:
+    return None
+  right = facts.symbol(obj)
+  wrong = [symbol for symbol in facts.scene.stage.symbols if symbol != right]
+  wrong = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
+  text = f"Which letter is drawn on the {facts.name(obj)}?"
+  return _shuffled(rng, right, wrong, kind="symbol", text=text, objects=(obj,))
+
+
+def _count_over_time(rng, facts):
+  count = int(rng.integers(1, 5))
+  objects = _pick(
+    rng,
+    [
+      group
+      for group in facts.groups[world.NAME].values()
+      if len(group) == count and facts.phases.isdisjoint(group)
+    ],
+  )
+  # Not of another count: the options would tell which one is likely.
+  if objects is None:
+    return None
+  wrong = [other for other in "1234" if other != str(count)]
+  name = facts.name(objects[0])
+  text = f"How many different {name} objects does the clip show?"
+  about = {"kind": "count_over_time", "text": text, "objects": tuple(objects)}
+  return _shuffled(rng, str(count), wrong, **about)
+
+
+def _order_of_three(rng, facts):
+  chosen = []
+  for obj in _in_any_order(rng, facts):
+    gaps = [abs(facts.onset(obj) - facts.onset(other)) for other in chosen]
+    if min(gaps, default=_ORDER_GAP) >= _ORDER_GAP:
+      chosen.append(obj)
+    if len(chosen) == 3:
+      break
+  else:
+    return None
+  appear = sorted(range(3), key=lambda i: facts.onset(chosen[i]))
+  orders = [", ".join(map(str, o)) for o in itertools.permutations((1, 2, 3))]
+  right = ", ".join(str(i + 1) for i in appear)
+  wrong = [order for order in orders if order != right]
+  wrong = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
+  first, second, third = map(facts.name, chosen)
+  text = (
+    f"In which order do 1 the {first}, 2 the {second} and 3 the {third} appear?"
+  )
+  about = {"kind": "order_of_three", "text": text, "objects": tuple(chosen)}
+  return _shuffled(rng, right, wrong, **about)
+
+
+def _changed(rng, facts):
+  groups = facts.groups[world.NAME]
+  changes = [
+    (before, after)
+    for before, after in facts.scene.changes
+    if len(groups[facts.keys[before][: len(world.NAME)]]) == 1
+  ]
+  if not changes:
+    return None
+  objects = _pick(rng, changes)
+  before, after = (facts.keys[obj][: len(world.NAME)] for obj in objects)
+  wrong = [name for name in world.neighbours(before) if name != after]
+  wrong = [wrong[i] for i in rng.permutation(len(wrong))]
+  # Those that other objects have come first: being there tells nothing.
+  wrong = sorted(wrong, key=lambda name: name not in groups)[:3]
+  text = f"What does the {name_of(before)} turn into?"
+  about = {"kind": "changed", "text": text, "objects": objects}
+  return _shuffled(rng, name_of(after), map(name_of, wrong), **about)
+
+
+def _last_place(rng, facts):
+  scene, places = facts.scene, {}
+  last = scene.stage.num_frames - 1
+  for obj in facts.unique(world.NAME):
+    if scene.life[obj, 1] == last and scene.moves(obj):
+      ends = end_places(scene, obj)
+      if ends and ends[0] != ends[1]:
+        places[obj] = ends[1]
+  obj = _pick(rng, list(places))
+  if obj is None:
+    return None
+  wrong = [place for place in PLACES if place != places[obj]]
+  text = f"Where is the {facts.name(obj)} in the last frame?"
+  about = {"kind": "last_place", "text": text, "objects": (obj,)}
+  return _shuffled(rng, places[obj], wrong, frames=(last,), **about)
+
+
 _MAKERS = {
   "attribute": _attribute,
   "where": _where,
   "first": _first,
   "order": _order,
   "count": _count,
+  "symbol": _symbol,
+  "count_over_time": _count_over_time,
+  "order_of_three": _order_of_three,
+  "changed": _changed,
+  "last_place": _last_place,
 }
 KINDS = tuple(_MAKERS)
-# How often each of them is drawn for the benchmark.
-SHARES = (0.3, 0.15, 0.2, 0.2, 0.15)
+# How often each of them is drawn on small stages.
+SHARES = world.VARIANTS["dense"].kind_shares
 
 
 def sample_questions(rng, scene: world.Scene, num_questions, shares=SHARES):
   """Returns `SceneQuestion`s of different wordings about one scene.
 
   Fewer than asked for only if 20 draws a question do not find more; `shares`
-  say how often each of `KINDS` is drawn.
+  say how often each of the first `KINDS` is drawn.
   """
   facts, shares = Facts(scene), np.divide(shares, sum(shares))
   found: dict[str, SceneQuestion] = {}
   for _ in range(20 * num_questions):
     if len(found) == num_questions:
       break
-    kind = KINDS[int(rng.choice(len(KINDS), p=shares))]
+    kind = KINDS[int(rng.choice(len(shares), p=shares))]
     question = _MAKERS[kind](rng, facts)
     if question is not None:
       wording = question.text + "|".join(sorted(question.options))

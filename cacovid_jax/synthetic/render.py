@@ -12,6 +12,17 @@ from cacovid_jax.synthetic import world
 
 _OVERSAMPLING = 8
 _DISTRACTOR = len(world.SHAPES) * len(world.PATTERNS)
+# Rows of 5 pixels of each of `world.SYMBOLS`.
+_GLYPHS = {
+  "H": "10001 10001 11111 10001 10001",
+  "K": "10001 10010 11100 10010 10001",
+  "L": "10000 10000 10000 10000 11111",
+  "O": "01110 10001 10001 10001 01110",
+  "T": "11111 00100 00100 00100 00100",
+  "U": "10001 10001 10001 10001 11111",
+  "X": "10001 01010 00100 01010 10001",
+  "Z": "11111 00010 00100 01000 11111",
+}
 
 
 def _inside(shape, x, y):
@@ -42,10 +53,10 @@ def _inside(shape, x, y):
 
 @functools.cache
 def sprite_tables() -> tuple[np.ndarray, np.ndarray]:
-  """Returns (opacity, shade), each float32[33, 15, 15] in [0, 1].
+  """Returns (opacity, shade), each float32[289, 15, 15] in [0, 1].
 
-  Row `pattern * 8 + shape`; the last row is the distractor, a soft square.
-  Shade multiplies the object's color.
+  Row `pattern * 8 + shape`; row 32 is the distractor, a soft square; then come
+  those of the first 32 with each symbol. Shade multiplies the object's color.
   """
   size = world.SPRITE * _OVERSAMPLING
   axis = (np.arange(size) + 0.5) / size * 2 - 1
@@ -73,28 +84,47 @@ def sprite_tables() -> tuple[np.ndarray, np.ndarray]:
       shade.append(pooled(bright))
   opacity.append(pooled((np.maximum(abs(x), abs(y)) <= 0.9) * 0.8))
   shade.append(pooled(np.where((x * 3 + y * 2) % 2 < 1, 1.0, 0.7)))
+  for symbol in world.SYMBOLS:
+    glyph = [list(map(int, row)) for row in _GLYPHS[symbol].split()]
+    # A dark plate in the lower right corner, letters in the object's color.
+    plate = np.pad(np.float64(glyph), 1) * 0.95 + 0.05
+    for row in range(_DISTRACTOR):
+      opacity.append(opacity[row].copy())
+      shade.append(shade[row].copy())
+      opacity[-1][-len(plate) :, -len(plate) :] = 1.0
+      shade[-1][-len(plate) :, -len(plate) :] = plate
   return np.float32(opacity), np.float32(shade)
 
 
-def slots(scene: world.Scene, time: float):
-  """What to draw at a time, 0 to 15 in sampled frames, distractors first.
+def _sprites(attributes: np.ndarray) -> np.ndarray:
+  """Returns int[M], the rows of `sprite_tables` of objects int8[M, 3 or 4]."""
+  _, pattern, shape, *symbol = attributes.T.astype(int)
+  plain = pattern * len(world.SHAPES) + shape
+  if not symbol:
+    return plain
+  carries = symbol[0] >= 0
+  return plain + carries * (_DISTRACTOR * (symbol[0] + 1) + 1)
 
-  Returns (sprite int8[S], corner int16[S, 2], color float32[S, 3]); `corner` is
-  the (y, x) of the sprite's first pixel; unused slots have sprite -1.
+
+def slots(scene: world.Scene, time: float):
+  """What to draw at a time, 0 to T - 1 in sampled frames, distractors first.
+
+  Returns (sprite int16[S], corner int16[S, 2], color float32[S, 3]); `corner`
+  is the (y, x) of the sprite's first pixel; unused slots have sprite -1.
   """
-  sprite = np.full(world.MAX_SLOTS, -1, np.int8)
-  corner = np.zeros((world.MAX_SLOTS, 2), np.int16)
-  color = np.zeros((world.MAX_SLOTS, 3), np.float32)
+  most = scene.stage.max_slots
+  sprite = np.full(most, -1, np.int16)
+  corner = np.zeros((most, 2), np.int16)
+  color = np.zeros((most, 3), np.float32)
   grey = np.flatnonzero(world.visible(scene.distractor_life, time))
   shown = np.flatnonzero(world.visible(scene.life, time))
-  grey, shown = grey[: world.MAX_SLOTS], shown[: world.MAX_SLOTS - len(grey)]
+  grey, shown = grey[:most], shown[: most - len(grey)]
   a, b = len(grey), len(grey) + len(shown)
   sprite[:a] = _DISTRACTOR
   color[:a] = 120.0
-  colors, patterns, shapes = scene.attributes[shown].T
-  sprite[a:b] = patterns * len(world.SHAPES) + shapes
+  sprite[a:b] = _sprites(scene.attributes[shown])
   palette = np.float32(list(world.COLORS.values()))
-  color[a:b] = palette[colors] + scene.tint[shown]
+  color[a:b] = palette[scene.attributes[shown, 0]] + scene.tint[shown]
   life = np.concatenate([scene.distractor_life[grey], scene.life[shown]])
   path = np.concatenate([scene.distractor_path[grey], scene.path[shown]])
   places = world.centres(life, path, time)
@@ -102,12 +132,11 @@ def slots(scene: world.Scene, time: float):
   return sprite, corner, np.clip(color, 0, 255)
 
 
-def background(params: np.ndarray, time, xp=np):
-  """Returns float32[112, 112, 3] moving texture; `xp` is numpy or jax.numpy."""
-  axis = xp.arange(world.IMAGE_SIZE, dtype=xp.float32)
+def background(params: np.ndarray, time, size: int, xp=np):
+  """Returns float32[size, size, 3] moving texture; `xp` is NumPy or JAX's."""
+  axis = xp.arange(size, dtype=xp.float32)
   y, x = axis[:, None], axis[None, :]
-  size = (world.IMAGE_SIZE, world.IMAGE_SIZE, 3)
-  picture = xp.broadcast_to(params[0, :3], size)
+  picture = xp.broadcast_to(params[0, :3], (size, size, 3))
   for row in range(1, 4):
     wave = params[row, 3] * x + params[row, 4] * y
     wave = xp.sin(wave + params[row, 5] + params[row, 6] * time)
@@ -116,16 +145,17 @@ def background(params: np.ndarray, time, xp=np):
 
 
 def grain(scene: world.Scene) -> np.ndarray:
-  """Returns float32[112, 112, 1], the clip's static noise in grey levels."""
+  """Returns float32[h, w, 1], the clip's static noise in grey levels."""
   rng = np.random.default_rng(scene.noise_seed)
-  size = (world.IMAGE_SIZE, world.IMAGE_SIZE, 1)
-  return rng.normal(0, 4, size).astype(np.float32)
+  size = scene.stage.image_size
+  return rng.normal(0, 4, (size, size, 1)).astype(np.float32)
 
 
 def frame(scene: world.Scene, time: float, noise: np.ndarray) -> np.ndarray:
-  """Returns uint8[112, 112, 3], the scene at a time in sampled frames."""
+  """Returns uint8[h, w, 3], the scene at a time in sampled frames."""
   opacity, shade = sprite_tables()
-  picture = background(scene.background, np.float32(time)) + noise
+  size = scene.stage.image_size
+  picture = background(scene.background, np.float32(time), size) + noise
   for sprite, (y, x), color in zip(*slots(scene, time), strict=True):
     if sprite < 0:
       continue
@@ -137,8 +167,8 @@ def frame(scene: world.Scene, time: float, noise: np.ndarray) -> np.ndarray:
 
 
 def clip(scene: world.Scene, num_frames: int):
-  """Yields `num_frames` uint8[112, 112, 3] frames that span the scene."""
+  """Yields `num_frames` uint8[h, w, 3] frames that span the scene."""
   noise = grain(scene)
   for index in range(num_frames):
-    time = index * (world.NUM_FRAMES - 1) / (num_frames - 1)
+    time = index * (scene.stage.num_frames - 1) / (num_frames - 1)
     yield frame(scene, time, noise)

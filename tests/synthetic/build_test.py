@@ -115,7 +115,7 @@ def test_captions_tell_what_the_scene_of_their_clip_shows(folder):
     onsets = scene.life[objects, 0].tolist()
     assert onsets == sorted(onsets)
     for obj, (_, place) in zip(objects, told, strict=True):
-      x, y = scene.path[obj].mean(0) / world.IMAGE_SIZE
+      x, y = scene.path[obj].mean(0) / world.SMALL.image_size
       side = f"{'north' if y < 0.5 else 'south'}{'west' if x < 0.5 else 'east'}"
       assert place in ("", side)
 
@@ -293,12 +293,12 @@ def command(*flags):
 def test_the_command_builds_variants_side_by_side(tmp_path):
   done = command(
     f"--out={tmp_path}",
-    "--variants=dense,sparse",
+    "--variants=dense,sparse,full",
     "--clips=1,0,1,0",
     "--num_workers=1",
   )
   assert done.returncode == 0, done.stderr
-  for variant in ("dense", "sparse"):
+  for variant in ("dense", "sparse", "full"):
     assert (tmp_path / variant / "manifest.json").is_file()
     assert f"{tmp_path / variant}: ready" in done.stdout
   refused = command(f"--out={tmp_path}", "--clips=2,0,1,0")

@@ -310,7 +310,7 @@ def cross_entropy(logits, label):
 
 def test_the_label_loss_against_a_loop():
   rng = np.random.default_rng(0)
-  tokens = world.NUM_TOKENS
+  tokens = world.SMALL.num_tokens
   classes = (8, 4, 8)
   logits = rng.normal(size=(1, tokens, 25)).astype(np.float32)
   labels = np.full((1, tokens, 3), -1, np.int8)
@@ -361,12 +361,12 @@ def test_tokens_of_the_size_of_words_cost_nothing():
 
 @pytest.mark.parametrize("kept", ["decisive", "random"])
 def test_probe_rules_keep_their_budget(kept):
-  rules = pretraining.probe_rules(world.NUM_TOKENS)
+  rules = pretraining.probe_rules(world.SMALL.num_tokens)
   decisive = np.array([700, 3, 90, -1, -1], np.int16)
   for name, rule in rules.items():
     if not name.startswith(kept):
       continue
-    num_keep = int(float(name.split("_")[1]) * world.NUM_TOKENS)
+    num_keep = int(float(name.split("_")[1]) * world.SMALL.num_tokens)
     index = np.asarray(rule(jax.random.key(0), decisive))
     assert len(set(index.tolist())) == num_keep
     if kept == "decisive":

@@ -88,7 +88,7 @@ def test_packed_text_reads_as_the_prompt_of_an_evaluation(packer, config):
     )
     tokens = question.tokens(scene)
     kept = clip["decisive"][row]
-    assert kept[kept >= 0].tolist() == tokens[: packing.MAX_DECISIVE]
+    assert kept[kept >= 0].tolist() == tokens[: config.max_decisive]
     assert questions.KINDS[clip["kind"][row]] == question.kind
   assert not clip["in_words"].any()
 
@@ -110,8 +110,8 @@ def test_labels_are_the_attributes_of_each_tokens_owner(packer):
   scene = scene_of("dense", 2)
   labels = packer.clip(np.random.default_rng(0), scene, 0.0)["labels"]
   owners = world.token_owners(scene).reshape(-1)
-  assert labels.shape == (world.NUM_TOKENS, 3)
-  for token in range(0, world.NUM_TOKENS, 5):
+  assert labels.shape == (world.SMALL.num_tokens, 3)
+  for token in range(0, world.SMALL.num_tokens, 5):
     expected = (
       scene.attributes[owners[token]].tolist()
       if owners[token] >= 0

@@ -72,7 +72,7 @@ def test_the_command_leaves_a_complete_checkpoint_directory(whole):
 
 def test_a_vocabulary_without_room_is_refused(tmp_path, monkeypatch):
   corpus = packing.corpus
-  monkeypatch.setattr(packing, "corpus", lambda: corpus(5))
+  monkeypatch.setattr(packing, "corpus", lambda **given: corpus(5, **given))
   config = config_lib.load(SPEC, ["vocab_size=300"])
   with pytest.raises(errors.UserError, match="vocab_size"):
     pretraining.pretrain(config, tmp_path / "small")

@@ -11,9 +11,9 @@ from tests.synthetic.world_test import scene_of
 
 def test_all_sprites_differ():
   opacity, shade = render.sprite_tables()
-  assert opacity.shape == shade.shape == (33, 15, 15)
+  assert opacity.shape == shade.shape == (33 + 8 * 32, 15, 15)
   assert opacity.min() >= 0 and opacity.max() <= 1
-  drawn = opacity[:-1] * shade[:-1]
+  drawn = opacity[:32] * shade[:32]
   flat = drawn.reshape(len(drawn), -1)
   apart = np.abs(flat[:, None] - flat[None]).mean(-1)
   apart[np.arange(len(flat)), np.arange(len(flat))] = np.inf
@@ -22,14 +22,14 @@ def test_all_sprites_differ():
 
 def test_slots_hold_what_is_visible_and_nothing_else():
   scene = scene_of()
-  for time in range(world.NUM_FRAMES):
+  for time in range(world.SMALL.num_frames):
     sprite, corner, color = render.slots(scene, float(time))
     shown = world.visible(scene.life, time).sum()
     grey = world.visible(scene.distractor_life, time).sum()
-    assert shown + grey <= world.MAX_SLOTS
+    assert shown + grey <= world.SMALL.max_slots
     assert (sprite >= 0).sum() == shown + grey
     assert corner[sprite >= 0].min() >= 0
-    assert corner.max() <= world.IMAGE_SIZE - world.SPRITE
+    assert corner.max() <= world.SMALL.image_size - world.SPRITE
     assert color.min() >= 0 and color.max() <= 255
 
 
@@ -65,7 +65,7 @@ def test_jax_draws_what_numpy_draws(monkeypatch):
     # NumPy clips before it averages color, so stay within the range.
     scene.background[1:, :3] *= 0.3
   slots = [
-    [render.slots(scene, float(t)) for t in range(world.NUM_FRAMES)]
+    [render.slots(scene, float(t)) for t in range(world.SMALL.num_frames)]
     for scene in scenes
   ]
   sprite, corner, color = (
@@ -87,7 +87,7 @@ def test_jax_draws_what_numpy_draws(monkeypatch):
     expected = np.stack(
       [
         render.frame(scene, float(t), still).astype(np.float64)
-        for t in range(world.NUM_FRAMES)
+        for t in range(world.SMALL.num_frames)
       ]
     )
     # Rounding of pixels and of colors, one grey level each.
