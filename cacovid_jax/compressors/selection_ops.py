@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax.compressors.math import similarity
+from cacovid_jax.models import token_grid
 
 
 class Selection(NamedTuple):
@@ -31,10 +32,18 @@ def take(features, index, num_valid=None) -> Selection:
 
   `num_valid` int32[] tells how many there are, the first ones; None for all.
   """
-  rows = jnp.arange(index.shape[0], dtype=jnp.int32)
+  place = jnp.arange(index.shape[0], dtype=jnp.int32)
+  mask = place < (len(place) if num_valid is None else num_valid)
+  index = jnp.where(mask, index.astype(jnp.int32), len(features))
+  index = jnp.sort(index)
   assign = jnp.full(features.shape[:1], -1, jnp.int32)
-  assign = assign.at[index].set(rows, mode="drop")
-  return arrange(features[index], index, assign, num_valid)
+  return Selection(
+    features=jnp.where(mask[:, None], features[index], 0),
+    index=index,
+    mask=mask,
+    mass=mask.astype(jnp.float32),
+    assign=assign.at[index].set(place, mode="drop"),
+  )
 
 
 def take_top(features, values, num_keep: int) -> Selection:
@@ -49,7 +58,7 @@ def take_mask(features, mask, num_rows: int) -> Selection:
   The first `num_rows`, static, of more; fewer leave padding.
   """
   chex.assert_shape(mask, features.shape[:1])
-  (index,) = jnp.nonzero(mask, size=num_rows, fill_value=features.shape[0])
+  index = token_grid.first(mask, num_rows)
   return take(features, index, jnp.minimum(mask.sum(), num_rows))
 
 
@@ -136,7 +145,7 @@ def collect(values, into, num_rows, dtype, home=None) -> Selection:
   kept = into == jnp.arange(num_video)
   if home is not None:
     into = into[home.reshape(-1)]
-  (index,) = jnp.nonzero(kept, size=num_rows, fill_value=num_video)
+  index = token_grid.first(kept, num_rows)
   row = jnp.cumsum(kept, dtype=jnp.int32) - 1
   row = jnp.where(kept & (row < num_rows), row, -1)
   assign = jnp.append(row, -1)[into]

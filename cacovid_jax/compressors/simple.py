@@ -159,8 +159,7 @@ class DecisiveBoxes(base.Compressor, name="decisive_boxes"):
     first = jnp.minimum(num_evidence, num_keep)
     keep = spread(evidence, num_evidence, first)
     keep |= spread(~evidence, num_other, num_keep - first)
-    (index,) = jnp.nonzero(keep, size=num_keep)
-    return base.take(inputs.features, index)
+    return base.take_mask(inputs.features, keep, num_keep)
 
 
 def spread(members, num_members, count):

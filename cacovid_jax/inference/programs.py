@@ -165,8 +165,6 @@ class Programs:
     return ask_twice
 
   def _extend(self, params, logits, cache, following):
-    if self._ending["max_new_tokens"] == 1:
-      return jnp.argmax(logits, axis=-1).astype(jnp.int32)[:, None]
     return generation.extend(
       self._model, params, logits, cache, following, **self._ending
     )

@@ -45,6 +45,8 @@ def extend(
   """
   ends = jnp.asarray(tuple(eos_ids), jnp.int32)
   first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  if max_new_tokens == 1:
+    return first[:, None]  # A loop that never runs would be compiled.
   ids = jnp.full((logits.shape[0], max_new_tokens), pad_id, jnp.int32)
 
   def ended(token):

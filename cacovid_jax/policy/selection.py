@@ -164,10 +164,7 @@ def select(scores, budget):
   left = token_grid.fill(~keep, grid.valid_tokens, False)
   place = jnp.cumsum(left) - 1  # Of a token among those that are left.
   keep |= left & jnp.asarray(budget.spread)[jnp.maximum(place, 0)]
-  (index,) = jnp.nonzero(
-    keep, size=budget.num_keep_max, fill_value=sizes.tokens
-  )
-  return index.astype(jnp.int32)
+  return token_grid.first(keep, budget.num_keep_max)
 
 
 def mass_left(scores, sizes):

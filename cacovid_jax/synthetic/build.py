@@ -20,7 +20,6 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import pathlib
 import shutil
@@ -32,8 +31,7 @@ import pyarrow.parquet
 
 from cacovid_jax import errors, files, schema
 from cacovid_jax import progress as progress_lib
-from cacovid_jax.data import readers, wording
-from cacovid_jax.data import tfds as tfds_lib
+from cacovid_jax.data import decode_workers, readers, wording
 from cacovid_jax.synthetic import questions, render, world
 
 FRAMES_PER_SECOND = 8
@@ -268,9 +266,18 @@ def _make_all(config, jobs, directory, num_workers):
   if num_workers < 2:
     yield from itertools.starmap(make, jobs)
     return
-  context = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(num_workers, context) as pool:
-    yield from pool.map(make, *zip(*jobs, strict=True), chunksize=4)
+  # Not a pool of processes: each would import the command that was started.
+  with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
+    yield from pool.map(
+      lambda job: decode_workers.run(_make_in_child, directory, config, *job),
+      jobs,
+    )
+
+
+def _make_in_child(directory, config, split, number, *, limits):
+  """Does what `make_clip` does; a clip that is drawn needs no limits."""
+  del limits
+  return make_clip(config, directory, split, number)
 
 
 def _video_r1_row(row) -> dict:
@@ -306,6 +313,9 @@ def _videomme_row(row) -> dict:
 
 def _write_rows(directory, rows) -> None:
   """Writes every split's rows, their decisive tokens, and the TFDS files."""
+  # Here: processes that draw clips do without TensorFlow Datasets.
+  from cacovid_jax.data import tfds as tfds_lib
+
   splits = {}
   lines = [
     {"question_id": row["id"], "tokens": row["tokens"]}

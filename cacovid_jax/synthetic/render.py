@@ -132,15 +132,21 @@ def slots(scene: world.Scene, time: float):
   return sprite, corner, np.clip(color, 0, 255)
 
 
-def background(params: np.ndarray, time, size: int, xp=np):
-  """Returns float32[size, size, 3] moving texture; `xp` is NumPy or JAX's."""
+def background(params: np.ndarray, time, size: int, xp=np, *, planes=False):
+  """Returns float32[size, size, 3] moving texture; `xp` is NumPy or JAX's.
+
+  With `planes` float32[3, size, size]: NumPy is slow where the last axis is 3.
+  """
   axis = xp.arange(size, dtype=xp.float32)
   y, x = axis[:, None], axis[None, :]
-  picture = xp.broadcast_to(params[0, :3], (size, size, 3))
+  shape = [size, size]
+  shape.insert(0 if planes else 2, 3)
+  colors = params[:, :3, None, None] if planes else params[:, :3]
+  picture = xp.broadcast_to(colors[0], shape)
   for row in range(1, 4):
     wave = params[row, 3] * x + params[row, 4] * y
     wave = xp.sin(wave + params[row, 5] + params[row, 6] * time)
-    picture = picture + wave[..., None] * params[row, :3]
+    picture = picture + (wave if planes else wave[..., None]) * colors[row]
   return picture
 
 
@@ -153,17 +159,20 @@ def grain(scene: world.Scene) -> np.ndarray:
 
 def frame(scene: world.Scene, time: float, noise: np.ndarray) -> np.ndarray:
   """Returns uint8[h, w, 3], the scene at a time in sampled frames."""
-  opacity, shade = sprite_tables()
+  sprite, corner, color = slots(scene, time)
+  used = sprite >= 0
+  opacity, shade = (table[sprite[used], None] for table in sprite_tables())
+  paint = opacity * (shade * color[used, :, None, None])
   size = scene.stage.image_size
-  picture = background(scene.background, np.float32(time), size) + noise
-  for sprite, (y, x), color in zip(*slots(scene, time), strict=True):
-    if sprite < 0:
-      continue
-    window = np.s_[y : y + world.SPRITE, x : x + world.SPRITE]
-    alpha = opacity[sprite][..., None]
-    paint = shade[sprite][..., None] * color
-    picture[window] = picture[window] * (1 - alpha) + alpha * paint
-  return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+  picture = background(scene.background, np.float32(time), size, planes=True)
+  picture = picture + noise[..., 0]
+  layers = zip(corner[used], 1 - opacity, paint, strict=True)
+  for (y, x), through, own in layers:
+    window = picture[:, y : y + world.SPRITE, x : x + world.SPRITE]
+    window *= through
+    window += own
+  picture = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+  return np.ascontiguousarray(np.moveaxis(picture, 0, -1))
 
 
 def clip(scene: world.Scene, num_frames: int):
