@@ -8,8 +8,8 @@ and biases, two arrays of three, are therefore joined, once, and cut inside.
 
 import functools
 import weakref
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,43 +40,62 @@ class Joined(struct.PyTreeNode):
     return jax.tree.unflatten(self.treedef, map(leaf, self.places))
 
 
+class _Known(NamedTuple):
+  """What was joined of a tree."""
+
+  seen: tuple[Any, ...] = ()  # Weak references to its leaves.
+  others: tuple[int, ...] = ()  # Places of those that were not joined.
+  vectors: Mapping[str, jax.Array] = {}
+  places: tuple[Any, ...] = ()  # As of `Joined`.
+
+
 class Joiner:
   """Joins the vectors of trees, once for the tree that came last.
 
-  It keeps none of the arrays but what it joined.
+  It keeps none of the arrays but what it joined. Threads may share it.
   """
 
   def __init__(self):
-    self._seen, self._others = (), ()
-    self._vectors, self._places = {}, ()
+    self._known = _Known()
 
   def __call__(self, tree):
     """Returns the `Joined` of a tree of arrays, or a small tree as it is."""
     leaves, treedef = jax.tree.flatten(tree)
-    if len(leaves) < _LEAST or isinstance(leaves[0], jax.core.Tracer):
+    if len(leaves) < _LEAST:
       return tree
-    same = len(leaves) == len(self._seen) and all(
-      seen() is leaf for seen, leaf in zip(self._seen, leaves, strict=True)
+    known = self._known  # Read once: another thread may change it.
+    same = len(leaves) == len(known.seen) and all(
+      seen() is leaf for seen, leaf in zip(known.seen, leaves, strict=True)
     )
     if not same:
-      self._join(leaves)
-    others = tuple(leaves[n] for n in self._others)
-    return Joined(others, self._vectors, treedef, self._places)
+      if not all(map(_is_on_device, leaves)):
+        return tree
+      known = self._known = _join(leaves)
+    others = tuple(leaves[n] for n in known.others)
+    return Joined(others, known.vectors, treedef, known.places)
 
-  def _join(self, leaves) -> None:
-    parts, ends, places = {}, {}, []
-    for leaf in leaves:
-      place = None
-      if leaf.ndim == 1:
-        start = ends.get(dtype := str(leaf.dtype), 0)
-        ends[dtype] = start + len(leaf)
-        parts.setdefault(dtype, []).append(leaf)
-        place = dtype, start, ends[dtype]
-      places.append(place)
-    self._vectors = {name: jnp.concatenate(own) for name, own in parts.items()}
-    self._places = tuple(places)
-    self._others = [n for n, place in enumerate(places) if place is None]
-    self._seen = tuple(map(weakref.ref, leaves))
+
+def _is_on_device(leaf) -> bool:
+  traced = isinstance(leaf, jax.core.Tracer)
+  return isinstance(leaf, jax.Array) and not traced
+
+
+def _join(leaves) -> _Known:
+  parts, ends, places = {}, {}, []
+  for leaf in leaves:
+    place = None
+    if leaf.ndim == 1:
+      start = ends.get(dtype := str(leaf.dtype), 0)
+      ends[dtype] = start + len(leaf)
+      parts.setdefault(dtype, []).append(leaf)
+      place = dtype, start, ends[dtype]
+    places.append(place)
+  return _Known(
+    tuple(map(weakref.ref, leaves)),
+    tuple(n for n, place in enumerate(places) if place is None),
+    {name: jnp.concatenate(own) for name, own in parts.items()},
+    tuple(places),
+  )
 
 
 class Joining:

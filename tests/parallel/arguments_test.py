@@ -63,6 +63,8 @@ def test_a_small_tree_and_one_that_is_traced_stay():
   joiner, small = arguments.Joiner(), weights(2)
   assert joiner(small) is small
   assert joiner(None) is None and joiner(2.0) == 2.0
+  on_host = jax.tree.map(np.asarray, weights())
+  assert joiner(on_host) is on_host
 
   @jax.jit
   def traced(tree):
@@ -70,6 +72,22 @@ def test_a_small_tree_and_one_that_is_traced_stay():
     return tree
 
   traced(weights())
+
+
+def test_threads_that_share_it_get_their_own_weights(monkeypatch):
+  """Another one's tree comes while this one's is joined."""
+  joiner, tree, other = arguments.Joiner(), weights(), weights(seed=1)
+  found, join = [], jnp.concatenate
+
+  def interrupted(parts):
+    monkeypatch.setattr(arguments.jnp, "concatenate", join)
+    found.append(joiner(other))
+    return join(parts)
+
+  monkeypatch.setattr(arguments.jnp, "concatenate", interrupted)
+  assert_same(joiner(tree).tree(), tree)
+  assert_same(found[0].tree(), other)
+  assert_same(joiner(other).tree(), other)
 
 
 def test_no_weights_are_kept():
