@@ -11,7 +11,8 @@ left, up to the first token of the answer. Then `--stages`, by our programs and
 by `--peers` in PyTorch on the same weights: load (weights to the device, beside
 a plain read of their files), clip (a file's frames to pixels), tower (with
 projector and pooling), scores of the policy, select (with scores and gather),
-prefill, first token, decode (a token) and train (a video at a fixed ratio),
+prefill, first token, decode (a token), rollout (32 prompts of a training) and
+train (a video at a fixed ratio; train_adaptive at one that grows),
 beside what their operations or bytes take at the device's speed, measured in
 the same run unless --tflops and --gbps say it. Medians of `--repeats` runs.
 Weights are random, drawn once into `--weights`: times do not depend on their

@@ -15,32 +15,27 @@ import importlib
 import math
 import os
 import pathlib
-import types
 from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cacovid_jax import command, errors, files
-from cacovid_jax import config as config_lib
-from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.data import answer_log
-from cacovid_jax.evals import cost, estimate, tables, timing
+from cacovid_jax.evals import cost, tables, timing
 from cacovid_jax.evals.report import charts
-from cacovid_jax.inference import answerer
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import programs as programs_lib
-from cacovid_jax.models import checkpoints, llava_onevision, video_llm
-from cacovid_jax.training import programs as training_programs
-from cacovid_jax.training import run as run_lib
-from experiments import made_up, reporting
+from cacovid_jax.models import checkpoints, llava_onevision
+from cacovid_jax.parallel import mesh as mesh_lib
+from experiments import made_up, reporting, training_stage
 
 # Those that depend on the share of tokens that are kept, and all.
 _BY_RATIO = ("select", "prefill", "first_token", "decode")
-STAGES = ("load", "clip", "tower", "scores", *_BY_RATIO, "train")
+_TRAININGS = ("train", "train_adaptive")
+STAGES = ("load", "clip", "tower", "scores", *_BY_RATIO, "rollout", *_TRAININGS)
 FILES = ("stages.md", "stages.json", "stages.svg")
 OURS = "ours"
 PEERS = {
@@ -49,6 +44,7 @@ PEERS = {
   ),
   "torch_device": command.Flag("Where they compute.", default="cuda"),
 }
+ROLLOUTS = 32  # Combinations that are asked about at once.
 _NEW_TOKENS = 32  # Over which the time of a token is a mean.
 _MOST_LOADS = 3  # Each of seconds, at a released size.
 
@@ -66,7 +62,8 @@ class Ours:
     clip go to `workdir`.
     """
     self._subject, self._training = subject, training
-    self._workdir = workdir
+    checkpoint, self._workdir = subject.checkpoint, workdir
+    self._model, self._params = checkpoint.model, checkpoint.params
     self._method = methods_lib.Method.parse("cacovid")
     given = subject.inputs(methods_lib.Condition(self._method, 0.5))
     copies = jnp.zeros(batch, jnp.int32)
@@ -84,9 +81,11 @@ class Ours:
       return functools.partial(read_plainly, path), None, 1
     if stage == "clip":
       return made_up.reader(subject, self._workdir), None, 1
-    if stage == "train":
-      given = subject, self._training, self._workdir
-      return self._training and (trainer(*given), None, 1)
+    if stage in _TRAININGS:
+      given = subject, self._training, self._workdir, stage == "train_adaptive"
+      return self._training and (training_stage.trainer(*given), None, 1)
+    if stage == "rollout":
+      return self._rollout(), None, 1
     if stage not in ("prefill", "decode"):
       return functools.partial(getattr(self, f"_{stage}"), ratio), None, 1
     selection = None if ratio == 1 else self._select(ratio)
@@ -115,19 +114,38 @@ class Ours:
     return self._subject.programs.select(*given)(inputs)
 
   def _answer(self, programs, ratio, batch, selection):
-    params = self._subject.checkpoint.params
     if ratio == 1:
-      return programs.vanilla(params, batch)
-    return programs.answer(params, batch, selection)
+      return programs.vanilla(self._params, batch)
+    return programs.answer(self._params, batch, selection)
 
   def _first_token(self, ratio):
     programs, batch = self._subject.programs, self._batch
     features = self._subject.encode()[None]
     given = batch.ids, features, batch.video_rows
-    x = programs.embed(self._subject.checkpoint.params, *given)
+    x = programs.embed(self._params, *given)
     batch = batch._replace(x=x, features=features)
     selection = None if ratio == 1 else self._select(ratio, batch)
     return self._answer(programs, ratio, batch, selection)
+
+  def _rollout(self):
+    """Returns f() that reads `ROLLOUTS` pruned prompts, as a training does.
+
+    The text in front of the video, which a training reads once, is not read.
+    """
+    model, params = self._model, self._params
+    prompt = jax.tree.map(lambda leaf: leaf[:1], self._batch)
+    index = self._select(training_stage.ratio_of(self._subject.grid)).index[:1]
+    index = jnp.repeat(index[:, None], ROLLOUTS, axis=1)
+    count = jnp.full(1, index.shape[-1], jnp.int32)
+
+    def read(params, prompt, index, count, earlier):
+      return programs_lib.read_rows(
+        model, params, prompt, index, count, room=0, earlier=earlier
+      )[0]
+
+    earlier = programs_lib.read_text(model, params, prompt, made_up.START)
+    given = params, prompt, index, count, earlier
+    return functools.partial(mesh_lib.jit(read, "training"), *given)
 
 
 def load(checkpoint) -> Any:
@@ -144,58 +162,6 @@ def read_plainly(directory) -> int:
       while count := file.readinto(buffer):
         total += count
   return total
-
-
-def trainer(subject, config, workdir) -> Callable[[], Any]:
-  """Returns f() that trains on one video, all I iterations, and goes on.
-
-  With the numbers of a config, at a fixed ratio, with as much text as the
-  prompt has, answers of two tokens and lettered rewards.
-  """
-  grid, model = subject.grid, subject.checkpoint.model
-  dtype = str(np.dtype(model.dtype))
-  changes = {
-    "data.num_frames": grid[0],
-    "data.num_threads": 0,
-    "data.prompt_rows": (subject.batch.x.shape[1] - math.prod(grid),),
-    "mesh.data": 1,
-    "model.dtype": dtype,
-    "policy.dtype": dtype,
-    "policy.num_halvings": estimate.num_halvings(model.config.text),
-    "ratio.adaptive": False,
-    "rollout.max_new_tokens": 2,
-    "sampling.ratio": _train_ratio(grid),
-    "total_steps": 1000,
-  }
-  asked = dataclasses.replace(subject.checkpoint, tokenizer=made_up.tokenizer())
-  experiment = experiment_lib.Experiment.from_config(
-    config_lib.replace(config, changes),
-    workdir,
-    checkpoint=asked,
-    split="videos_per_step",
-  )
-  question = answerer.as_question("clip", "What is first?", ("red", "blue"))
-  question = dataclasses.replace(question, answer="A")
-  features = np.asarray(subject.batch.features[0], np.float32)  # As stored.
-  clip = video_llm.VideoFeatures(features, grid)
-  # One clip under every name, as `inference.features` gives clips.
-  store = types.SimpleNamespace(load=lambda path: clip, finish=list)
-  run = run_lib.Run(experiment, questions=[question], store=store)
-  batch, _ = next(run.batches(0))
-  batch, state = training_programs.place_batch(batch, run.mesh), None
-
-  def step():
-    nonlocal state
-    state = run.init_state() if state is None else state
-    state, *out = run.programs.run(state, run.constants, batch)
-    return out
-
-  return step
-
-
-def _train_ratio(grid) -> float:
-  """Returns METHOD.md's 2 %, or the least that keeps a token of each frame."""
-  return max(0.02, 1 / math.prod(grid[1:]))
 
 
 def load_peers(args, config) -> dict[str, Callable[[Any], Any]]:
@@ -248,14 +214,22 @@ def limits(subject, speed, training=None) -> Callable[[str, float], float]:
     if stage == "decode":
       read = cost.decode_bytes(text, [kept + outside] * layers, model.dtype)
       return 1e3 * read / speed.bytes
-    if stage == "train" and training:
-      count = round(_train_ratio(grid) * math.prod(grid[1:])) * grid[0]
+    if stage in _TRAININGS and training:
+      rungs = [training_stage.ratio_of(grid)]
+      if stage != "train":
+        rungs = sorted(training.ratio.rungs)
+      rungs += [rungs[-1]] * training.iterations
+      counts = [round(r * math.prod(grid[1:])) * grid[0] for r in rungs]
+      answers = sum(map(prefill, counts[: training.iterations]))
       # A backward pass is two forward ones.
-      each = training.sampling.num_combinations * prefill(count) + 3 * score
-      return 1e3 * (training.iterations * each + score) / speed.flops
+      scores = (3 * training.iterations + 1) * score
+      total = training.sampling.num_combinations * answers + scores
+      return 1e3 * total / speed.flops
     flops = {
       "tower": tower, "scores": score, "select": score, "prefill": prefill(kept)
     }  # fmt: skip
+    each = prefill(round(training_stage.ratio_of(grid) * math.prod(grid)))
+    flops["rollout"] = ROLLOUTS * each
     flops["first_token"] = tower + score * (ratio < 1) + flops["prefill"]
     return 1e3 * flops.get(stage, 0) / speed.flops
 

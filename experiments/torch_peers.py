@@ -17,7 +17,7 @@ import transformers
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.parity import transformers as transformers_lib
 from cacovid_jax.policy import network
-from experiments import made_up, torch_twin
+from experiments import made_up, stages, torch_twin, training_stage
 
 
 class Transformers:
@@ -158,6 +158,11 @@ class Peer:
 
   def _prefill(self, ratio):
     x, positions = self._pruned(self.x, ratio)
+    return lambda: self.engine.prefill(x, positions)[0]
+
+  def _rollout(self, ratio):
+    x, positions = self._pruned(self.x, training_stage.ratio_of(self._grid))
+    x = x.expand(stages.ROLLOUTS, -1, -1).contiguous()
     return lambda: self.engine.prefill(x, positions)[0]
 
   def _first_token(self, ratio):

@@ -23,6 +23,7 @@ from experiments import (
   stages,
   torch_peers,
   torch_twin,
+  training_stage,
 )
 from tests.experiments import commands
 
@@ -121,9 +122,31 @@ def test_the_table_has_ratios_and_shares_of_the_limit():
   assert line == "| prefill | 25% | 8 | 7.5 to 9 | 2.5 | 2 | 25% | 10 | 0.80 |"
 
 
+def test_rollouts_are_read_as_an_answer_is(subject):
+  """From a token of each frame, as the ratio asks at this size."""
+  ours, ratio = stages.Ours(subject), training_stage.ratio_of(SIZE.grid)
+  assert ratio == 1 / 16
+  logits = ours.function("rollout", 1.0)[0]()
+  chosen = ours.function("select", ratio)[0]()
+  given = subject.checkpoint.params, subject.batch, chosen
+  (answer,) = subject.programs.answer(*given)
+  assert logits.shape[0] == stages.ROLLOUTS
+  assert set(logits.argmax(-1).tolist()) == {int(answer[0])}
+
+
+def test_a_training_at_an_adaptive_ratio_grows(subject, tmp_path):
+  config = training_config.get_config("debug")
+  config.ratio.rungs, config.ratio.start = (1 / 16, 1 / 8), 1 / 16
+  step = training_stage.trainer(subject, config, tmp_path, adaptive=True)
+  *_, metrics = step()
+  np.testing.assert_allclose(metrics.mean["ratio"], [1 / 16, 1 / 8])
+  limit = stages.limits(subject, cost.Speed(1e3, 1e6), config)
+  assert limit("train_adaptive", 1.0) > limit("train", 1.0) > 0
+
+
 def test_a_training_is_the_packages_own(subject, tmp_path):
   config = training_config.get_config("debug")
-  step = stages.trainer(subject, config, tmp_path)
+  step = training_stage.trainer(subject, config, tmp_path)
   ids, rewards, metrics = step()
   # Two iterations of eight combinations, answers of two tokens.
   assert ids.shape == (1, 2, 8, 2) and rewards.shape == (1, 2, 8)
@@ -132,7 +155,8 @@ def test_a_training_is_the_packages_own(subject, tmp_path):
 
 
 FLAGS = dict(
-  size="tiny", methods="", stages="load,clip,tower,select,first_token,decode",
+  size="tiny", methods="",
+  stages="load,clip,tower,select,rollout,first_token,decode",
   kept="1,0.5", repeats=1, peers="twin,transformers", torch_device="cpu",
   tflops=1.0, gbps=1.0,
 )  # fmt: skip
@@ -144,7 +168,7 @@ def test_a_table_goes_on(subject, tmp_path, monkeypatch, capsys):
   )
   commands.run(efficiency_table, **flags)
   rows = json.loads((tmp_path / "stages.json").read_text())["stages"]
-  assert len(rows) == 3 * (3 + 1 + 2 + 2)
+  assert len(rows) == 3 * (4 + 1 + 2 + 2)
   for row in rows:
     has_one = row["engine"] == "ours" or row["stage"] not in ("load", "clip")
     assert row["status"] == ("ok" if has_one else "not measured")
