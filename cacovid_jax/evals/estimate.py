@@ -309,7 +309,8 @@ def num_programs(
 
   Embedding and whole prompts; the question's text and the policy where they
   are read; a choice for every method and ratio; answers, one for every number
-  of tokens kept; and one for both, of methods inside the model.
+  of tokens kept; and one for both, of methods inside the model. On one GPU
+  longer answers take one more for every number of tokens kept, to decode.
   """
   found = {"embedding", "whole prompt"}
   if any("text" in method.needs for method in methods):

@@ -251,9 +251,7 @@ def tower_program(model, signals, mesh, *, rows=False):
     return {k: v for k, v in found.items() if v is not None}
 
   if not rows:
-    alone = mesh is None or mesh.size == 1
-    options = {"weights": (0,) if alone else ()}
-    return mesh_lib.jit(mesh_lib.whole(encode, mesh), "tower", **options)
+    return mesh_lib.jit(mesh_lib.whole(encode, mesh), "tower", weights=(0,))
   return mesh_lib.jit_rows(
     lambda params, inputs: jax.lax.map(lambda one: encode(params, one), inputs),
     mesh,

@@ -34,7 +34,7 @@ class Vanilla(NamedTuple):
 
 def answer_rows(
   model, params, prompts, index, num_valid, *, max_new_tokens, eos_ids, pad_id,
-  decided=None, earlier=None, replaced=None,
+  decided=None, earlier=None,
 ):  # fmt: skip
   """Returns (ids int32[B, G, M], logits float32[B, G, V] or None).
 
@@ -53,13 +53,11 @@ def answer_rows(
     pad_id: filler behind the end.
     decided: where an answer may stop before its end, see `generation.extend`.
     earlier: of the text in front of each video, read once, see `read_text`.
-    replaced: the selection [B, ...] of `index` where a method may have changed
-      the rows that it keeps (merged tokens), with G = 1.
   """
   batch, count = index.shape[:2]
   state = read_rows(
     model, params, prompts, index, num_valid, room=max_new_tokens - 1,
-    earlier=earlier, replaced=replaced,
+    earlier=earlier,
   )  # fmt: skip
   if max_new_tokens == 1:
     logits = state[0].reshape(batch, count, -1)
@@ -76,8 +74,10 @@ def read_rows(
 ):
   """Returns (logits, cache, next positions) of B G prompts, pruned and read.
 
-  What `generation.extend` goes on from. `room` is for that many more rows; the
-  other arguments are those of `answer_rows`.
+  What `generation.extend` goes on from. `room` is for that many more rows;
+  `replaced` the selection [B, ...] of `index` where a method may have changed
+  the rows that it keeps (merged tokens), with G = 1. The other arguments are
+  those of `answer_rows`.
   """
   prompts = prompts._replace(features=None, ids=None, text_rows=None)
   of_video = jax.vmap(prompt_batch.prune, (None, 0, None))

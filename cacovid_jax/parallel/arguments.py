@@ -3,7 +3,7 @@
 An accelerator waits while the host goes through a program's arguments: some
 microseconds for each array, whatever its size (one H200, jax 0.11.2: 2 to 3 ms
 for the 400 to 700 arrays of a 7B model before the first kernel starts). Scales
-and biases, two arrays of three, are therefore joined, once, and cut inside.
+and biases, most of them, are therefore joined, once, and cut inside.
 """
 
 import functools
@@ -59,7 +59,10 @@ class Joiner:
     self._known = _Known()
 
   def __call__(self, tree):
-    """Returns the `Joined` of a tree of arrays, or a small tree as it is."""
+    """Returns the `Joined` of a tree, or the tree as it is.
+
+    The latter where there are few arrays, or some are not on one device.
+    """
     leaves, treedef = jax.tree.flatten(tree)
     if len(leaves) < _LEAST:
       return tree
@@ -68,16 +71,17 @@ class Joiner:
       seen() is leaf for seen, leaf in zip(known.seen, leaves, strict=True)
     )
     if not same:
-      if not all(map(_is_on_device, leaves)):
+      if not all(map(_is_on_one_device, leaves)):
         return tree
       known = self._known = _join(leaves)
     others = tuple(leaves[n] for n in known.others)
     return Joined(others, known.vectors, treedef, known.places)
 
 
-def _is_on_device(leaf) -> bool:
-  traced = isinstance(leaf, jax.core.Tracer)
-  return isinstance(leaf, jax.Array) and not traced
+def _is_on_one_device(leaf) -> bool:
+  if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+    return False
+  return len(leaf.sharding.device_set) == 1
 
 
 def _join(leaves) -> _Known:
@@ -107,7 +111,7 @@ class Joining:
     function: Callable,
     weights: Collection[int],
   ):
-    """`weights` are places of arguments that are trees on one device."""
+    """`weights` are places of arguments that are trees of arrays."""
     self._joiners = {place: Joiner() for place in weights}
 
     @functools.wraps(function)

@@ -226,8 +226,8 @@ def compiler_options(kind: str, platform: str) -> dict[str, Any]:
 def jit(function: Callable, kind: str = "", *, weights=(), **options):
   """Returns `jax.jit` of a function, with the options of its kind.
 
-  `weights` are places of arguments that are weights on one device: accelerators
-  are handed fewer arrays of them, see `parallel.arguments`.
+  `weights` are places of arguments that are weights: accelerators are handed
+  fewer arrays of them, see `parallel.arguments`.
   """
   platform = jax.default_backend()
   found = compiler_options(kind, platform) or None

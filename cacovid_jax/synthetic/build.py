@@ -31,7 +31,7 @@ import pyarrow.parquet
 
 from cacovid_jax import errors, files, schema
 from cacovid_jax import progress as progress_lib
-from cacovid_jax.data import decode_workers, readers, wording
+from cacovid_jax.data import decode_workers, readers, video_stream, wording
 from cacovid_jax.synthetic import questions, render, world
 
 FRAMES_PER_SECOND = 8
@@ -156,6 +156,12 @@ def captions_of(config: BuildConfig, split: str, number: int, scene):
   return list(dict.fromkeys(drawn))
 
 
+def clip_path(config: BuildConfig, directory, split: str, number: int) -> str:
+  """Returns where a clip's file is."""
+  name = f"{config.variant}_{split}_{number:05d}.mp4"
+  return os.path.join(directory, "videos", name)
+
+
 def make_clip(config: BuildConfig, directory: str, split: str, number: int):
   """Writes a clip; returns (clip's name and captions, a row per question).
 
@@ -163,8 +169,8 @@ def make_clip(config: BuildConfig, directory: str, split: str, number: int):
   """
   scene, asked = draw(config, split, number)
   duration, length, rate = length_of(config, split, number)
-  name = f"{config.variant}_{split}_{number:05d}"
-  path = os.path.join(directory, "videos", f"{name}.mp4")
+  path = clip_path(config, directory, split, number)
+  name = pathlib.Path(path).stem
   if not os.path.exists(path):
     encode(path, render.clip(scene, length), rate)
   row = {"clip": name, "duration": duration}
@@ -269,15 +275,26 @@ def _make_all(config, jobs, directory, num_workers):
   # Not a pool of processes: each would import the command that was started.
   with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
     yield from pool.map(
-      lambda job: decode_workers.run(_make_in_child, directory, config, *job),
+      lambda job: _ask_a_child(clip_path(config, directory, *job), config, job),
       jobs,
     )
 
 
-def _make_in_child(directory, config, split, number, *, limits):
-  """Does what `make_clip` does; a clip that is drawn needs no limits."""
+def _ask_a_child(path, config, job):
+  # Drawing takes what it takes: limits are for clips from elsewhere.
+  limits = video_stream.Limits(timeout_s=None)
+  try:
+    return decode_workers.run(_draw, path, config, *job, limits=limits)
+  except video_stream.VideoError as error:
+    told = error.reason, error.detail, "try --num_workers=1"
+    raise video_stream.VideoError(path, *told) from error
+
+
+def _draw(path, config, split, number, *, limits):
+  """Returns what `make_clip` does of a clip's path, in a child."""
   del limits
-  return make_clip(config, directory, split, number)
+  folder = os.path.dirname(os.path.dirname(path))
+  return make_clip(config, folder, split, number)
 
 
 def _video_r1_row(row) -> dict:

@@ -65,6 +65,10 @@ def test_a_small_tree_and_one_that_is_traced_stay():
   assert joiner(None) is None and joiner(2.0) == 2.0
   on_host = jax.tree.map(np.asarray, weights())
   assert joiner(on_host) is on_host
+  mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  on_two = jax.device_put(weights(), whole)
+  assert joiner(on_two) is on_two
 
   @jax.jit
   def traced(tree):

@@ -13,7 +13,7 @@ import pytest
 
 from cacovid_jax import errors
 from cacovid_jax import files as file_lib
-from cacovid_jax.data import readers, video
+from cacovid_jax.data import readers, video, video_stream
 from cacovid_jax.data import tfds as tfds_lib
 from cacovid_jax.synthetic import build, questions, render, world
 
@@ -57,6 +57,17 @@ def test_two_workers_write_the_same_bytes_as_one(folder, tmp_path):
   for split, rows in splits(folder).items():
     source = tfds_lib.open_source(str(other / "tfds"), split)
     assert list(source) == list(rows)
+
+
+def test_a_clip_that_a_child_cannot_draw_is_named(tmp_path, monkeypatch):
+  def fail(function, path, *args, limits, **kwargs):
+    assert limits.timeout_s is None
+    raise video_stream.VideoError(path, "crashed", "the process ended")
+
+  monkeypatch.setattr(build.decode_workers, "run", fail)
+  named = r"sparse_train_00000.mp4: crashed \(.*\); try --num_workers=1"
+  with pytest.raises(errors.UserError, match=named):
+    build.build(CONFIG, tmp_path / "other", num_workers=2)
 
 
 def test_the_same_frames_are_the_same_bytes(tmp_path):
