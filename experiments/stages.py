@@ -62,8 +62,7 @@ class Ours:
     clip go to `workdir`.
     """
     self._subject, self._training = subject, training
-    checkpoint, self._workdir = subject.checkpoint, workdir
-    self._model, self._params = checkpoint.model, checkpoint.params
+    self._workdir, self._params = workdir, subject.checkpoint.params
     self._method = methods_lib.Method.parse("cacovid")
     given = subject.inputs(methods_lib.Condition(self._method, 0.5))
     copies = jnp.zeros(batch, jnp.int32)
@@ -132,7 +131,7 @@ class Ours:
 
     The text in front of the video, which a training reads once, is not read.
     """
-    model, params = self._model, self._params
+    model, params = self._subject.checkpoint.model, self._params
     prompt = jax.tree.map(lambda leaf: leaf[:1], self._batch)
     index = self._select(training_stage.ratio_of(self._subject.grid)).index[:1]
     index = jnp.repeat(index[:, None], ROLLOUTS, axis=1)

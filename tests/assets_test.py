@@ -9,7 +9,7 @@ import numpy as np
 import cacovid_jax
 from cacovid_jax.models import checkpoints
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.synthetic import packed, packing, pretraining, questions, world
+from cacovid_jax.synthetic import packing, pretraining, questions, world
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from configs import synthetic_base
 
@@ -49,14 +49,7 @@ def test_it_answers_questions_about_clips_it_never_saw():
     questions_per_clip=4,
   )
   batch = pretraining.held_out(pack, "dense", 6)
-  prefix = checkpoint.tokenizer.encode(packing.PREFIX)
-  prompts = packed.PackedPrompts(
-    checkpoint.model,
-    prefix,
-    world.SMALL.num_tokens,
-    pack.questions_per_clip,
-    pack.question_length,
-  )
+  prompts = pretraining.prompts_of(checkpoint.model, checkpoint.tokenizer, pack)
   mesh = mesh_lib.make_mesh(1)
   rules = pretraining.probe_rules(world.SMALL.num_tokens)
   rules = {"random": rules["random_0.10"], "decisive": rules["decisive_0.10"]}

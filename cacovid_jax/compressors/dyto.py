@@ -18,6 +18,7 @@ import numpy as np
 
 from cacovid_jax.compressors import base, selection_ops, simple
 from cacovid_jax.compressors.math import clustering, similarity
+from cacovid_jax.models import token_grid
 
 # At most so many clusters give several frames each, so many in all.
 _FEW_CLUSTERS = 6
@@ -41,7 +42,7 @@ class DyTo(base.Compressor, name="dyto"):
     chosen = representatives(
       jnp.mean(frames.astype(jnp.float32), axis=1), fewest, most
     )
-    (frame,) = jnp.nonzero(chosen, size=most, fill_value=num_frames)
+    frame = token_grid.first(chosen, most)
     num_chosen = chosen.sum()
     # Equal shares; what is left over goes to the first frames, one each.
     place = jnp.arange(most)

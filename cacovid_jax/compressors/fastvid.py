@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from cacovid_jax.compressors import base, budgets, selection_ops
 from cacovid_jax.compressors.math import clustering, segments, similarity
+from cacovid_jax.models import token_grid
 from cacovid_jax.policy import diversity
 
 
@@ -61,7 +62,7 @@ class FastVID(base.Compressor, name="fastvid"):
     anchor = (~salient & (rank < num_anchors[:, None])).reshape(-1)
     salient = salient.reshape(-1)
     num_rows = max(sum(wanted), 1)
-    (anchors,) = jnp.nonzero(anchor, size=num_rows, fill_value=T * P)
+    anchors = token_grid.first(anchor, num_rows)
     # The anchor of a token's segment with the best cosine.
     segment = jnp.repeat(first, P)
     reach = segment[:, None] == jnp.append(segment, -1)[anchors]

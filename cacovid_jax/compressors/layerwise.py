@@ -17,7 +17,13 @@ import jax.numpy as jnp
 
 from cacovid_jax import errors
 from cacovid_jax.compressors import base, budgets
-from cacovid_jax.models import attention, generation, prompt_batch, qwen2
+from cacovid_jax.models import (
+  attention,
+  generation,
+  prompt_batch,
+  qwen2,
+  token_grid,
+)
 
 
 class LayerState(NamedTuple):
@@ -315,9 +321,7 @@ def keep_by_text_attention(state, keep: int, sets, *, num_sets, share=None):
 
 def compact(survives, size: int):
   """Returns (int32[size] ascending places of True, behind them n; count)."""
-  length = survives.shape[0]
-  (places,) = jnp.nonzero(survives, size=size, fill_value=length)
-  return places, survives.sum().astype(jnp.int32)
+  return token_grid.first(survives, size), survives.sum().astype(jnp.int32)
 
 
 def cut_layer(name: str, layer: int, num_layers: int, scale_layers: bool):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from cacovid_jax.compressors import allocators, base, budgets, selection_ops
 from cacovid_jax.compressors.math import similarity
+from cacovid_jax.models import token_grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def split(attention, keys, num_dominant, num_contextual, max_contextual):
   step = (size - num_dominant) // jnp.maximum(num_contextual, 1)
   step = jnp.maximum(step, 1)
   context = ~dominant & (place % step == 0) & (place // step < num_contextual)
-  (contexts,) = jnp.nonzero(context, size=max_contextual, fill_value=size)
+  contexts = token_grid.first(context, max_contextual)
   kept = dominant | context
   near = similarity.between(keys, keys[contexts])
   near = jnp.where(contexts < size, near, -jnp.inf)

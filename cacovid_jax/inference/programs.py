@@ -59,14 +59,12 @@ def answer_rows(
     model, params, prompts, index, num_valid, room=max_new_tokens - 1,
     earlier=earlier,
   )  # fmt: skip
-  if max_new_tokens == 1:
-    logits = state[0].reshape(batch, count, -1)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)[..., None], logits
   ids = generation.extend(
     model, params, *state, pad_id=pad_id, max_new_tokens=max_new_tokens,
     eos_ids=tuple(eos_ids), decided=decided,
   )  # fmt: skip
-  return ids.reshape(batch, count, -1), None
+  logits = state[0].reshape(batch, count, -1) if max_new_tokens == 1 else None
+  return ids.reshape(batch, count, -1), logits
 
 
 def read_rows(
@@ -116,10 +114,8 @@ class Programs:
       pad_id=checkpoint.pad_id,
     )
     self._room = max_new_tokens - 1
-    options = functools.partial(
-      mesh_lib.compiler_options, platform=jax.default_backend()
-    )
-    self._decoding_differs = self._room and options("prefill") != options("")
+    options = mesh_lib.compiler_options("prefill", jax.default_backend())
+    self._decoding_differs = bool(self._room and options)  # It has none.
     embed = jax.vmap(model.embed_prompt, (None, 0, 0, 0))
     self.embed = self._once("embed", (), embed)
     # Programs are counted by function: each of this class has its own.

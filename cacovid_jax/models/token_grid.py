@@ -273,11 +273,12 @@ jax.tree_util.register_pytree_node(TokenGrid, _flatten, _unflatten)
 def first(mask, count: int):
   """Returns int32[count], where `mask` bool[n] is True, ascending; n behind.
 
-  The first `count`, at most n, of more. A sort: `jnp.nonzero` is two prefix
-  sums and a scatter, which XLA takes ten times as long to compile for a CPU.
+  The first `count` of more. A sort: `jnp.nonzero` is two prefix sums and a
+  scatter, which XLA takes ten times as long to compile for a CPU.
   """
   size = mask.shape[0]
   place = jnp.where(mask, jnp.arange(size, dtype=jnp.int32), size)
+  place = jnp.pad(place, (0, max(count - size, 0)), constant_values=size)
   return jnp.sort(place)[:count]
 
 

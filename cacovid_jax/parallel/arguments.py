@@ -8,7 +8,7 @@ and biases, most of them, are therefore joined, once, and cut inside.
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -105,13 +105,8 @@ def _join(leaves) -> _Known:
 class Joining:
   """A jitted function, some of whose arguments are handed over joined."""
 
-  def __init__(
-    self,
-    jit: Callable[[Callable], Any],
-    function: Callable,
-    weights: Collection[int],
-  ):
-    """`weights` are places of arguments that are trees of arrays."""
+  def __init__(self, jit: Callable, function: Callable, weights):
+    """`jit` compiles; `weights` are places of arguments, trees of arrays."""
     self._joiners = {place: Joiner() for place in weights}
 
     @functools.wraps(function)

@@ -274,13 +274,12 @@ def _make_all(config, jobs, directory, num_workers):
     return
   # Not a pool of processes: each would import the command that was started.
   with concurrent.futures.ThreadPoolExecutor(num_workers) as pool:
-    yield from pool.map(
-      lambda job: _ask_a_child(clip_path(config, directory, *job), config, job),
-      jobs,
-    )
+    ask = functools.partial(_ask_a_child, config, directory)
+    yield from pool.map(ask, jobs)
 
 
-def _ask_a_child(path, config, job):
+def _ask_a_child(config, directory, job):
+  path = clip_path(config, directory, *job)
   # Drawing takes what it takes: limits are for clips from elsewhere.
   limits = video_stream.Limits(timeout_s=None)
   try:

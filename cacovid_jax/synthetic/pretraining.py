@@ -167,6 +167,17 @@ def packing_of(config, directory) -> packing.PackingConfig:
   return packing.PackingConfig(tokenizer_file=path, **given)
 
 
+def prompts_of(model, tokenizer, pack) -> packed.PackedPrompts:
+  """Returns what reads the batches of a `PackingConfig`."""
+  return packed.PackedPrompts(
+    model,
+    tokenizer.encode(packing.PREFIX),
+    pack.stage.num_tokens,
+    pack.questions_per_clip,
+    pack.question_length,
+  )
+
+
 def init_params(rng, model, stage=world.SMALL):
   """Returns all parameters; residual writes start small, as depth asks."""
   model_rng, head_rng = jax.random.split(rng)
@@ -306,13 +317,7 @@ def train(model, tokenizer, config, state, start=0):
   pack = packing_of(config, tokenizer.name)
   stage = pack.stage
   word_ids = losses_lib.word_ids(tokenizer, stage)
-  prompts = packed.PackedPrompts(
-    model,
-    tokenizer.encode(packing.PREFIX),
-    stage.num_tokens,
-    pack.questions_per_clip,
-    pack.question_length,
-  )
+  prompts = prompts_of(model, tokenizer, pack)
   mesh = mesh_lib.make_mesh()
   shared = {"batch_size": pack.batch_size, "text_only": pack.text_only}
   for name, size in (shared | {"probe_clips": config.probe_clips}).items():

@@ -124,6 +124,12 @@ def _shuffled(rng, right, wrong, **fields):
   )
 
 
+def _others(rng, values, right):
+  """Returns the values that are not right, shuffled."""
+  wrong = [value for value in values if value != right]
+  return [wrong[i] for i in rng.permutation(len(wrong))]
+
+
 def _attribute(rng, facts):
   asked = int(rng.integers(3))
   parts = tuple(p for p in range(3) if p != asked)
@@ -132,8 +138,7 @@ def _attribute(rng, facts):
     return None
   values = world.ATTRIBUTES[asked]
   right = values[facts.keys[obj][asked]]
-  wrong = [value for value in values if value != right]
-  wrong = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
+  wrong = _others(rng, values, right)[:3]
   name = facts.name(obj, parts)
   text = (
     f"What color is the {name}?",
@@ -228,8 +233,7 @@ def _symbol(rng, facts):
   if obj is None:
     return None
   right = facts.symbol(obj)
-  wrong = [symbol for symbol in facts.scene.stage.symbols if symbol != right]
-  wrong = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
+  wrong = _others(rng, facts.scene.stage.symbols, right)[:3]
   text = f"Which letter is drawn on the {facts.name(obj)}?"
   return _shuffled(rng, right, wrong, kind="symbol", text=text, objects=(obj,))
 
@@ -267,8 +271,7 @@ def _order_of_three(rng, facts):
   appear = sorted(range(3), key=lambda i: facts.onset(chosen[i]))
   orders = [", ".join(map(str, o)) for o in itertools.permutations((1, 2, 3))]
   right = ", ".join(str(i + 1) for i in appear)
-  wrong = [order for order in orders if order != right]
-  wrong = [wrong[i] for i in rng.permutation(len(wrong))[:3]]
+  wrong = _others(rng, orders, right)[:3]
   first, second, third = map(facts.name, chosen)
   text = (
     f"In which order do 1 the {first}, 2 the {second} and 3 the {third} appear?"
@@ -288,8 +291,7 @@ def _changed(rng, facts):
     return None
   objects = _pick(rng, changes)
   before, after = (facts.keys[obj][: len(world.NAME)] for obj in objects)
-  wrong = [name for name in world.neighbours(before) if name != after]
-  wrong = [wrong[i] for i in rng.permutation(len(wrong))]
+  wrong = _others(rng, world.neighbours(before), after)
   # Those that other objects have come first: being there tells nothing.
   wrong = sorted(wrong, key=lambda name: name not in groups)[:3]
   text = f"What does the {name_of(before)} turn into?"

@@ -194,11 +194,11 @@ def test_default_buckets_follow_from_the_pixels():
       sizes(paper, bad)
 
 
-@pytest.mark.parametrize("count", [1, 4, 9, 16])
+@pytest.mark.parametrize("count", [1, 4, 9, 16, 20])
 def test_first_places_are_those_of_numpy(count):
   for share in (0.0, 0.3, 1.0):
     mask = np.random.default_rng(5).random(16) < share
-    expected = np.append(np.flatnonzero(mask), [16] * 16)[:count]
+    expected = np.append(np.flatnonzero(mask), [16] * count)[:count]
     found = token_grid.first(jnp.asarray(mask), count)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, expected)

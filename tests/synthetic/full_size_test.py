@@ -22,7 +22,6 @@ from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.synthetic import (
   build,
   losses,
-  packed,
   packing,
   pretraining,
   questions,
@@ -496,15 +495,9 @@ def test_batches_hold_all_of_questions_words_and_symbols(tokenizer_file):
 
 def test_the_losses_fit_together_at_real_size(tokenizer_file):
   """Shapes alone: nothing is computed."""
-  config = config_lib.load("configs/synthetic_base.py:geometry=full")
-  config = config_lib.replace(
-    config,
-    {
-      "attention": "xla",
-      "pretrain.packing.batch_size": 1,
-      "pretrain.packing.text_only": 2,
-    },
-  )
+  changes = ["attention=xla", "pretrain.packing.batch_size=1"]
+  changes += ["pretrain.packing.text_only=2"]
+  config = config_lib.load("configs/synthetic_base.py:geometry=full", changes)
   folder, stage = pathlib.Path(tokenizer_file).parent, world.FULL
   tokenizer = tokenizer_lib.Tokenizer.from_directory(folder)
   model = pretraining.model_of(config, tokenizer)
@@ -516,13 +509,7 @@ def test_the_losses_fit_together_at_real_size(tokenizer_file):
   sizes = [leaf.size for leaf in jax.tree.leaves(params["model"])]
   assert 2 * sum(sizes) < 8e6  # Bytes of bfloat16.
   assert tuple(model.grid(32, 224, 224)) == (32, 14, 14)
-  prompts = packed.PackedPrompts(
-    model,
-    tokenizer.encode(packing.PREFIX),
-    stage.num_tokens,
-    pack.questions_per_clip,
-    pack.question_length,
-  )
+  prompts = pretraining.prompts_of(model, tokenizer, pack)
   # cuDNN differentiates a masked attention of an even number of rows only.
   around = prompts.text_start - stage.num_tokens + pack.question_length
   assert len(prompts.packed_positions()) % 2 == 0

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from cacovid_jax.compressors import selection_ops
+from cacovid_jax.models import token_grid
 from cacovid_jax.policy import diversity
 
 
@@ -248,6 +249,6 @@ def distinct_representatives(closeness, label, num_groups: int) -> jax.Array:
   found = best_member(jnp.round(closeness * 2**16), label, num_groups)
   empty = found == n
   used = jnp.zeros([n], bool).at[found].set(True, mode="drop")
-  (spare,) = jnp.nonzero(~used, size=num_groups, fill_value=n)
+  spare = token_grid.first(~used, num_groups)
   place = jnp.cumsum(empty) - 1
   return jnp.where(empty, spare[place], found).astype(jnp.int32)
