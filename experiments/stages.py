@@ -133,9 +133,9 @@ class Ours:
     """
     model, params = self._subject.checkpoint.model, self._params
     prompt = jax.tree.map(lambda leaf: leaf[:1], self._batch)
-    index = self._select(training_stage.ratio_of(self._subject.grid)).index[:1]
-    index = jnp.repeat(index[:, None], ROLLOUTS, axis=1)
-    count = jnp.full(1, index.shape[-1], jnp.int32)
+    kept = training_stage.rollout_tokens(self._subject.grid)
+    index = jnp.broadcast_to(kept, (1, ROLLOUTS, len(kept)))
+    count = jnp.full(1, len(kept), jnp.int32)
 
     def read(params, prompt, index, count, earlier):
       return programs_lib.read_rows(
@@ -218,8 +218,8 @@ def limits(subject, speed, training=None) -> Callable[[str, float], float]:
       if stage != "train":
         rungs = sorted(training.ratio.rungs)
       rungs += [rungs[-1]] * training.iterations
-      counts = [round(r * math.prod(grid[1:])) * grid[0] for r in rungs]
-      answers = sum(map(prefill, counts[: training.iterations]))
+      rungs = rungs[: training.iterations]
+      answers = sum(prefill(training_stage.num_kept(grid, r)) for r in rungs)
       # A backward pass is two forward ones.
       scores = (3 * training.iterations + 1) * score
       total = training.sampling.num_combinations * answers + scores
@@ -227,7 +227,7 @@ def limits(subject, speed, training=None) -> Callable[[str, float], float]:
     flops = {
       "tower": tower, "scores": score, "select": score, "prefill": prefill(kept)
     }  # fmt: skip
-    each = prefill(round(training_stage.ratio_of(grid) * math.prod(grid)))
+    each = prefill(len(training_stage.rollout_tokens(grid)))
     flops["rollout"] = ROLLOUTS * each
     flops["first_token"] = tower + score * (ratio < 1) + flops["prefill"]
     return 1e3 * flops.get(stage, 0) / speed.flops

@@ -161,7 +161,10 @@ class Peer:
     return lambda: self.engine.prefill(x, positions)[0]
 
   def _rollout(self, ratio):
-    x, positions = self._pruned(self.x, training_stage.ratio_of(self._grid))
+    kept = made_up.START + training_stage.rollout_tokens(self._grid)
+    head, end = range(made_up.START), made_up.START + self._num_video
+    rows = [*head, *kept.tolist(), *range(end, self.x.shape[1])]
+    x, positions = self.x[:, rows], self.positions[rows]
     x = x.expand(stages.ROLLOUTS, -1, -1).contiguous()
     return lambda: self.engine.prefill(x, positions)[0]
 

@@ -69,3 +69,14 @@ def trainer(subject, config, workdir, adaptive=False) -> Callable[[], Any]:
 def ratio_of(grid) -> float:
   """Returns METHOD.md's 2 %, or the least that keeps a token of each frame."""
   return max(0.02, 1 / math.prod(grid[1:]))
+
+
+def num_kept(grid, ratio: float) -> int:
+  """Returns K, the tokens of a video that a training keeps at a ratio."""
+  return round(ratio * math.prod(grid[1:])) * grid[0]
+
+
+def rollout_tokens(grid) -> np.ndarray:
+  """Returns int32[K], evenly spread, as many as a combination has."""
+  count = num_kept(grid, ratio_of(grid))
+  return np.arange(count, dtype=np.int32) * math.prod(grid) // count

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cacovid_jax import errors
+from cacovid_jax.compressors import selection_ops
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import cost
 from cacovid_jax.models import checkpoints
@@ -124,10 +125,12 @@ def test_the_table_has_ratios_and_shares_of_the_limit():
 
 def test_rollouts_are_read_as_an_answer_is(subject):
   """From a token of each frame, as the ratio asks at this size."""
-  ours, ratio = stages.Ours(subject), training_stage.ratio_of(SIZE.grid)
-  assert ratio == 1 / 16
-  logits = ours.function("rollout", 1.0)[0]()
-  chosen = ours.function("select", ratio)[0]()
+  assert training_stage.ratio_of(SIZE.grid) == 1 / 16
+  kept = training_stage.rollout_tokens(SIZE.grid)
+  assert kept.tolist() == [16 * frame for frame in range(8)]
+  logits = stages.Ours(subject).function("rollout", 1.0)[0]()
+  take = jax.vmap(selection_ops.take, (0, None))
+  chosen = take(subject.batch.features, jnp.asarray(kept))
   given = subject.checkpoint.params, subject.batch, chosen
   (answer,) = subject.programs.answer(*given)
   assert logits.shape[0] == stages.ROLLOUTS
