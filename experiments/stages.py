@@ -216,7 +216,8 @@ def limits(subject, speed, training=None) -> Callable[[str, float], float]:
     if stage in _TRAININGS and training:
       rungs = [training_stage.ratio_of(grid)]
       if stage != "train":
-        rungs = sorted(training.ratio.rungs)
+        least = training.ratio.start
+        rungs = [r for r in sorted(training.ratio.rungs) if r >= least]
       rungs += [rungs[-1]] * training.iterations
       rungs = rungs[: training.iterations]
       answers = sum(prefill(training_stage.num_kept(grid, r)) for r in rungs)

@@ -31,12 +31,24 @@ _MAX_SIDE = 8192
 class TowerInputs(NamedTuple):
   """ONE clip for the tower; a pytree."""
 
-  values: Any  # float32[F, S, S, C] pixels or float32[P, C*t*p*p] patches.
+  # float32[F, S, S, C] pixels or float32[P, C*t*p*p] patches, or uint8 bytes
+  # that `table` translates.
+  values: Any
   grid: tuple[int, int, int]  # (T, H, W) of the video's tokens.
   # Seconds between temporal patches; of a model that writes the time as text,
   # the middles of all T of them.
   second_per_grid_t: float | tuple[float, ...] = 1.0
   layout: Any = None  # Of the grid, see `VideoLLM.tower_inputs`.
+  table: Any = None  # float32[256, C], what the tower takes for each byte.
+
+  def normalised(self) -> "TowerInputs":
+    """Returns the clip with float32 values, in or out of a program."""
+    if self.table is None:
+      return self
+    # The values of a channel lie together.
+    count, channels = self.values.shape[-1], self.table.shape[1]
+    values = self.table[self.values, np.arange(count) * channels // count]
+    return self._replace(values=values, table=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,13 +158,14 @@ class Processor(abc.ABC):
     return frames_lib.resize_frame(frame, size, self.resample)
 
   def __call__(
-    self, frames, *, fps=None, times=None, resized=False
+    self, frames, *, fps=None, times=None, resized=False, as_bytes=False
   ) -> TowerInputs:
     """Returns what the tower takes of one clip, uint8[F,h,w,3], upright.
 
     `fps` is that of these frames (see `frames.sampled_fps`), not of the clip;
     `times` float[F] are their own seconds, evenly apart if not given; `resized`
-    says that `resize_frame` was applied while they were decoded.
+    says that `resize_frame` was applied while they were decoded. `as_bytes`
+    leaves values uint8, to be normalised on the device.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
       raise ValueError(f"frames of shape {frames.shape} are not [F,h,w,3]")
@@ -164,7 +177,9 @@ class Processor(abc.ABC):
       count = len(frames)
       frames = np.stack([self.resize_frame(frame, count) for frame in frames])
     grid = self.resized_grid(*frames.shape[:3])
-    return TowerInputs(self._values(frames), grid, self._seconds(fps, times))
+    given = self._values(frames), grid, self._seconds(fps, times)
+    inputs = TowerInputs(*given, table=self._table())
+    return inputs if as_bytes else inputs.normalised()
 
   def _seconds(self, fps: float | None, times):
     """Returns `second_per_grid_t`; 1.0 if not known, as in the reference."""
@@ -173,20 +188,13 @@ class Processor(abc.ABC):
 
   @abc.abstractmethod
   def _values(self, frames):
-    """Returns `TowerInputs.values` of resized frames."""
+    """Returns uint8 `TowerInputs.values` of resized frames."""
 
-  def _normalise(self, pixels, axis: int = -1):
-    """Returns float32 (x / 255 - mean) / std of uint8, channels along `axis`.
-
-    In place where it can be: clips are large.
-    """
-    shape = [1] * pixels.ndim
-    shape[axis] = -1
-    pixels = pixels.astype(np.float32)
-    pixels /= 255.0
-    pixels -= np.array(self.mean, np.float32).reshape(shape)
-    pixels /= np.array(self.std, np.float32).reshape(shape)
-    return pixels
+  def _table(self):
+    """Returns float32[256, C], (x / 255 - mean) / std of each byte x."""
+    pixels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+    return (pixels - mean) / std
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,7 +238,7 @@ class LlavaOnevisionProcessor(Processor):
     return num_frames, self.frame_side, self.frame_side
 
   def _values(self, frames):
-    return self._normalise(frames)
+    return frames
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -291,13 +299,10 @@ class PatchProcessor(Processor):
     return patches, height // self.factor, width // self.factor
 
   def _values(self, frames):
-    # Bytes are moved before they become floats: a quarter of the memory.
-    patches = qwen2_5_vl_layout.patchify(
+    return qwen2_5_vl_layout.patchify(
       frames, patch=self.patch_size, merge=self.merge_size,
       temporal_patch=self.temporal_patch_size,
     )  # fmt: skip
-    pixels = self._normalise(patches.reshape(len(patches), 3, -1), axis=1)
-    return pixels.reshape(patches.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import json
 import pathlib
 import pickle
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -125,6 +126,22 @@ def test_pixels_are_normalised_channel_by_channel():
   np.testing.assert_allclose(
     got, np.broadcast_to(np.array(expected)[:, None], got.shape), rtol=1e-6
   )
+
+
+@pytest.mark.parametrize(
+  "processor",
+  [TINY, processors.LlavaOnevisionProcessor(image_size=16)],
+  ids=["patches", "tile"],
+)
+def test_bytes_become_the_same_pixels_in_a_program(processor):
+  frames = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+  given = processor(frames, fps=2.0, as_bytes=True)
+  assert given.values.dtype == np.uint8
+  plain = processor(frames, fps=2.0)
+  assert plain.values.dtype == np.float32 and plain.table is None
+  found = jax.jit(lambda inputs: inputs.normalised())(given)
+  np.testing.assert_array_equal(found.values, plain.values)
+  assert given._replace(values=0, table=0) == plain._replace(values=0, table=0)
 
 
 @pytest.mark.parametrize("index", range(len(golden.QWEN)))
