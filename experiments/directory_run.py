@@ -5,11 +5,12 @@ python -m experiments.directory_run --size=ov-7b --workdir=/scratch/ov7b
 
   write     a directory of the size with random weights, in shards (a tiny size
             is complete, too), unless --model names one of the real weights
-  clips     mp4 files of 4 to 100 seconds, and questions about them
+  clips     mp4 files of 4 to 100 seconds, and questions about them, also in
+            folders as Video-MME and MVBench are released
   doctor    looks at all of it
   train     is sent --signal once --stop_after steps are saved
   resume    the same command again, to the end, with validation
-  evaluate  the trained policy beside a rule
+  evaluate  the trained policy beside a rule, on each of --benchmarks
 
 Each stage but the first two is a command of its own, as a user gives it.
 Everything stays in the workdir: WORKDIR/transcript.md has commands, exit codes
@@ -31,6 +32,8 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 
 import configs
 from cacovid_jax import command, errors, files, metrics, terminal
@@ -47,13 +50,22 @@ _FILES = {
   "ov-7b": "llava_onevision.py:size=7b",
   "qvl-3b": "qwen2_5_vl.py:size=3b",
   "qvl-7b": "qwen2_5_vl.py:size=7b",
+  "q3vl-2b": "qwen3_vl.py:size=2b",
+  "q3vl-8b": "qwen3_vl.py:size=8b",
   "tiny-ov": "llava_onevision.py:debug",
   "tiny-qvl": "qwen2_5_vl.py:debug",
+  "tiny-q3vl": "qwen3_vl.py:debug",
 }
-_TINY = {"tiny-ov": "llava_onevision", "tiny-qvl": "qwen2_5_vl"}
+_TINY = {
+  "tiny-ov": "llava_onevision",
+  "tiny-qvl": "qwen2_5_vl",
+  "tiny-q3vl": "qwen3_vl",
+}
+_OWN = "own"  # Benchmark of all questions; the others have those of the test.
 # Seconds of the clips of each split of the questions.
 _CLIPS = {"train": (4, 10, 20, 100), "validation": (6, 40), "test": (8, 50)}
 _COLOURS = ("red", "blue", "green", "black")
+_EVALUATE = "evaluate"
 _HEAD = ("stage", "command", "exit code", "seconds")
 
 COMMAND = command.Command(
@@ -72,6 +84,9 @@ COMMAND = command.Command(
       choices=("log_likelihood", "accuracy"),
     ),
     "steps": command.Flag("Of the training.", default=4, least=3),
+    "benchmarks": command.Flag(
+      f"What is asked in the end: {_OWN}, videomme, mvbench.", default=(_OWN,)
+    ),
     "stop_after": command.Flag(
       "Steps saved before the signal, and every so many.", default=2, least=1
     ),
@@ -112,6 +127,11 @@ def main(args) -> int:
     args.stop_after + 1 < args.steps,
     f"--stop_after={args.stop_after}: the step under way is finished, and one"
     f" must be left: give at most {args.steps - 2}, or more --steps",
+  )
+  known = _OWN, *_RELEASED
+  errors.check(
+    {*args.benchmarks} <= {*known},
+    f"--benchmarks={','.join(args.benchmarks)}: choose of {', '.join(known)}",
   )
   workdir = pathlib.Path(args.workdir).absolute()
   model = pathlib.Path(args.model or workdir / "model").absolute()
@@ -165,7 +185,10 @@ def write_model(size: str, directory, seed: int) -> None:
 
 
 def write_clips(folder) -> None:
-  """Writes clips, `train.json` as of Video-R1, and `questions.json` of all."""
+  """Writes clips, `train.json` as of Video-R1, and `questions.json` of all.
+
+  Those of the test also in a folder of each of `_RELEASED`.
+  """
   folder = pathlib.Path(folder)
   rows, asked = [], []
   for split, lengths in _CLIPS.items():
@@ -195,6 +218,51 @@ def write_clips(folder) -> None:
         )
   files.write(folder / "train.json", json.dumps(rows, indent=1) + "\n")
   files.write(folder / "questions.json", json.dumps(asked, indent=1) + "\n")
+  tested = [row for row in asked if row["split"] == "test"]
+  for name, write in _RELEASED.items():
+    clips = write(folder / name, tested)
+    files.make_folder(clips)
+    for row in tested:
+      (clips / row["video"]).unlink(missing_ok=True)
+      os.link(folder / row["video"], clips / row["video"])
+
+
+def _videomme(folder, asked):
+  """Writes questions as Video-MME's; returns the folder of their clips."""
+  rows = [
+    {
+      "question_id": row["id"],
+      "videoID": pathlib.Path(row["video"]).stem,
+      "duration": "short",
+      "question": row["question"],
+      "options": [f"{x}. {y}." for x, y in zip("ABCD", _COLOURS, strict=True)],
+      "answer": row["answer"],
+    }
+    for row in asked
+  ]
+  path = folder / "videomme" / "test-00000-of-00001.parquet"
+  files.make_folder(path.parent)
+  pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+  return folder / "data"
+
+
+def _mvbench(folder, asked):
+  """Writes questions as MVBench's; returns the folder of their clips."""
+  rows = [
+    {
+      "video": row["video"],
+      "question": row["question"],
+      "candidates": row["options"],
+      "answer": _COLOURS["ABCD".index(row["answer"])],
+    }
+    for row in asked
+  ]
+  files.make_folder(folder / "json")
+  files.write_json(folder / "json" / "action_sequence.json", rows)
+  return folder / "star" / "Charades_segment"
+
+
+_RELEASED = {"videomme": _videomme, "mvbench": _mvbench}
 
 
 def configured(size: str, model, data, texts=(), reward="log_likelihood"):
@@ -238,13 +306,18 @@ def _commands(args, workdir, model) -> list[Ended]:
   run, policy = _Runner(workdir), workdir / "run"
   given = [f"--config={config}", f"--workdir={policy}"]
   train = "cacovid_jax.train", given
-  asked = [given[0], f"--policy={policy}", f"--workdir={workdir / 'evaluate'}"]
-  stages = (
+  stages = [
     ("doctor", "cacovid_jax.doctor", given),
     ("train", *train, (args.stop_after, args.signal)),
     ("resume", *train),
-    ("evaluate", "cacovid_jax.evaluate", asked),
-  )
+  ]
+  for name in args.benchmarks:
+    stage, asked = _EVALUATE, []
+    if name != _OWN:
+      stage = f"{_EVALUATE}_{name}"
+      asked = [f"--benchmark={name}", f"--data={data / name}"]
+    asked += [f"--policy={policy}", f"--workdir={workdir / stage}"]
+    stages.append((stage, "cacovid_jax.evaluate", [given[0], *asked]))
   done = []
   for stage in stages:
     done.append(run(*stage))
@@ -319,13 +392,13 @@ def left_behind(workdir, model) -> list[str]:
       f"The policy's layer began as the base model's first: {share:.1%} of its"
       f" parameters moved, by at most {most:.3g}."
     )
-  results = workdir / "evaluate" / "results.json"
-  if results.exists():
+  for results in sorted(workdir.glob(f"{_EVALUATE}*/results.json")):
     found = json.loads(results.read_text(encoding="utf-8"))
     for name, ratios in found["methods"].items():
       for ratio, cell in ratios.items():
-        told = f"{cell['accuracy']:.1f} % right" if "accuracy" in cell else ""
-        lines.append(f"{name} at {ratio}: {cell['status']}, {told}.")
+        told = f"{cell['accuracy']:.1%} right" if "accuracy" in cell else ""
+        told = f"{name} at {ratio}: {cell['status']}, {told}."
+        lines.append(f"{found['benchmark']}, {told}")
   return lines
 
 
