@@ -333,9 +333,12 @@ class Compressor:
     # The rows of a reference rounding may be a bound that is never reached.
     bound_only = self.rounds_itself and ratio < 1
     if num_keep >= num_video and not bound_only:
-      return take(inputs.features, jnp.arange(num_video, dtype=jnp.int32))
+      every = jnp.arange(num_video, dtype=jnp.int32)
+      return take(inputs.features, every)._replace(deep=inputs.deep)
     own = (params,) if self.trained else ()
-    return self.choose(inputs, num_keep, ratio, *own)
+    return _with_deep(
+      lambda given: self.choose(given, num_keep, ratio, *own), inputs
+    )
 
   def select_batch(self, inputs, *, num_keep, ratio=None, params=None):
     """Returns `select` of B videos: inputs and selection have a leading B."""
@@ -382,6 +385,28 @@ class Compressor:
       return
     for name, part in parts.items():
       jax.tree.map(functools.partial(check_finite, name=name), part)
+
+
+def _with_deep(choose, inputs: CompressorInputs) -> Selection:
+  """Returns choose(inputs), with rows of `deep` by the features' weights.
+
+  Rows are weighted sums of tokens, so that their derivative along another map
+  of the tokens are that map's rows; weights are to have no derivative.
+  """
+  if inputs.deep is None:
+    return choose(inputs)
+  features = inputs.features
+
+  def rows(features):
+    selection = choose(dataclasses.replace(inputs, features=features))
+    return selection.features, selection
+
+  def along(one):
+    given = (features,), (one.astype(features.dtype),)
+    return jax.jvp(rows, *given, has_aux=True)[1:]
+
+  deep, selection = jax.vmap(along, out_axes=(0, None))(inputs.deep)
+  return selection._replace(deep=deep.astype(inputs.deep.dtype))
 
 
 @functools.lru_cache(maxsize=8)

@@ -25,6 +25,9 @@ class Selection(NamedTuple):
   mask: jax.Array  # bool[K], True where a row is valid.
   mass: jax.Array  # float32[K], number of tokens that a row stands for.
   assign: jax.Array  # int32[N], row that each token went into, -1 = dropped.
+  # float[S, K, D], rows of `video_llm.VideoFeatures.deep`, made of tokens with
+  # the weights of `features`; None of models without it.
+  deep: jax.Array | None = None
 
 
 def take(features, index, num_valid=None) -> Selection:
