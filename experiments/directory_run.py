@@ -32,8 +32,6 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet
 
 import configs
 from cacovid_jax import command, errors, files, metrics, terminal
@@ -42,7 +40,7 @@ from cacovid_jax.evals import tables
 from cacovid_jax.models import safetensors_io
 from cacovid_jax.synthetic import tiny_checkpoints
 from cacovid_jax.training import checkpointing
-from experiments import made_up, parity_at_size
+from experiments import made_up_questions, parity_at_size
 
 # Size -> config file and its argument.
 _FILES = {
@@ -61,10 +59,7 @@ _TINY = {
   "tiny-qvl": "qwen2_5_vl",
   "tiny-q3vl": "qwen3_vl",
 }
-_OWN = "own"  # Benchmark of all questions; the others have those of the test.
-# Seconds of the clips of each split of the questions.
-_CLIPS = {"train": (4, 10, 20, 100), "validation": (6, 40), "test": (8, 50)}
-_COLOURS = ("red", "blue", "green", "black")
+_OWN = "own"  # Benchmark of all clips; the others have those of the test.
 _EVALUATE = "evaluate"
 _HEAD = ("stage", "command", "exit code", "seconds")
 
@@ -128,7 +123,7 @@ def main(args) -> int:
     f"--stop_after={args.stop_after}: the step under way is finished, and one"
     f" must be left: give at most {args.steps - 2}, or more --steps",
   )
-  known = _OWN, *_RELEASED
+  known = _OWN, *made_up_questions.RELEASED
   errors.check(
     {*args.benchmarks} <= {*known},
     f"--benchmarks={','.join(args.benchmarks)}: choose of {', '.join(known)}",
@@ -143,7 +138,7 @@ def main(args) -> int:
   done = []
   if not args.model:
     done.append(_timed("write", write_model, args.size, model, args.seed))
-  done.append(_timed("clips", write_clips, workdir / "data"))
+  done.append(_timed("clips", made_up_questions.write, workdir / "data"))
   if not args.write_only:
     done += _commands(args, workdir, model)
   text = tables.as_markdown(
@@ -182,87 +177,6 @@ def write_model(size: str, directory, seed: int) -> None:
       config = parity_at_size.CONFIGS[size]()
       tiny_checkpoints.write_complete(partial, config, seed)
     os.replace(partial, directory)
-
-
-def write_clips(folder) -> None:
-  """Writes clips, `train.json` as of Video-R1, and `questions.json` of all.
-
-  Those of the test also in a folder of each of `_RELEASED`.
-  """
-  folder = pathlib.Path(folder)
-  rows, asked = [], []
-  for split, lengths in _CLIPS.items():
-    for number, seconds in enumerate(lengths):
-      name = f"{split}_{seconds:03d}s.mp4"
-      made_up.write_clip(folder / name, seconds, (160, 90), held=5)
-      letter = "ABCD"[number % 4]
-      text = f"Which colour is seen first in clip {number}?"
-      known = {"id": f"{split}-{number}", "video": name, "question": text}
-      asked.append(
-        known | {"options": _COLOURS, "answer": letter, "split": split}
-      )
-      if split == "train":
-        rows.append(
-          {
-            "problem_id": number,
-            "problem": text,
-            "data_type": "video",
-            "problem_type": "multiple choice",
-            "options": [
-              f"{x}. {y}" for x, y in zip("ABCD", _COLOURS, strict=True)
-            ],
-            "solution": f"<answer>{letter}</answer>",
-            "path": f"./{name}",
-            "data_source": "made",
-          }
-        )
-  files.write(folder / "train.json", json.dumps(rows, indent=1) + "\n")
-  files.write(folder / "questions.json", json.dumps(asked, indent=1) + "\n")
-  tested = [row for row in asked if row["split"] == "test"]
-  for name, write in _RELEASED.items():
-    clips = write(folder / name, tested)
-    files.make_folder(clips)
-    for row in tested:
-      (clips / row["video"]).unlink(missing_ok=True)
-      os.link(folder / row["video"], clips / row["video"])
-
-
-def _videomme(folder, asked):
-  """Writes questions as Video-MME's; returns the folder of their clips."""
-  rows = [
-    {
-      "question_id": row["id"],
-      "videoID": pathlib.Path(row["video"]).stem,
-      "duration": "short",
-      "question": row["question"],
-      "options": [f"{x}. {y}." for x, y in zip("ABCD", _COLOURS, strict=True)],
-      "answer": row["answer"],
-    }
-    for row in asked
-  ]
-  path = folder / "videomme" / "test-00000-of-00001.parquet"
-  files.make_folder(path.parent)
-  pa.parquet.write_table(pa.Table.from_pylist(rows), path)
-  return folder / "data"
-
-
-def _mvbench(folder, asked):
-  """Writes questions as MVBench's; returns the folder of their clips."""
-  rows = [
-    {
-      "video": row["video"],
-      "question": row["question"],
-      "candidates": row["options"],
-      "answer": _COLOURS["ABCD".index(row["answer"])],
-    }
-    for row in asked
-  ]
-  files.make_folder(folder / "json")
-  files.write_json(folder / "json" / "action_sequence.json", rows)
-  return folder / "star" / "Charades_segment"
-
-
-_RELEASED = {"videomme": _videomme, "mvbench": _mvbench}
 
 
 def configured(size: str, model, data, texts=(), reward="log_likelihood"):

@@ -260,8 +260,7 @@ class Compressor:
     """Returns the method with some of `known_options` set; None leaves it."""
     given = tuple(dict.fromkeys([*self.given, *options]))
     # Programs are cached by compressor: values have to be hashable.
-    lists = {k: tuple(v) for k, v in options.items() if isinstance(v, list)}
-    options |= lists
+    options |= {k: tuple(v) for k, v in options.items() if isinstance(v, list)}
     if exact_budget is not None:
       options["exact_budget"] = exact_budget
     return dataclasses.replace(self, **options, given=given)
@@ -309,9 +308,8 @@ class Compressor:
     """Returns the selection of one video, `num_keep` the static K of `rows`.
 
     With an exact budget every row is valid and K >= N keeps everything;
-    otherwise the mask says which are, and the ratio behind K has to be given,
-    by which some methods define inner budgets (METHOD.md 7). `params` are of a
-    trained method, from `load`.
+    otherwise the mask says which are, and the ratio behind K, of which some
+    methods make inner budgets (METHOD.md 7), is given. `params` are `load`'s.
     """
     chex.assert_rank(inputs.features, 2)
     num_video = inputs.features.shape[0]
@@ -333,10 +331,9 @@ class Compressor:
     # The rows of a reference rounding may be a bound that is never reached.
     bound_only = self.rounds_itself and ratio < 1
     if num_keep >= num_video and not bound_only:
-      every = jnp.arange(num_video, dtype=jnp.int32)
-      return take(inputs.features, every)._replace(deep=inputs.deep)
+      return take(inputs.features, jnp.arange(num_video, dtype=jnp.int32))
     own = (params,) if self.trained else ()
-    return _with_deep(
+    return selection_ops.with_deep(
       lambda given: self.choose(given, num_keep, ratio, *own), inputs
     )
 
@@ -385,28 +382,6 @@ class Compressor:
       return
     for name, part in parts.items():
       jax.tree.map(functools.partial(check_finite, name=name), part)
-
-
-def _with_deep(choose, inputs: CompressorInputs) -> Selection:
-  """Returns choose(inputs), with rows of `deep` by the features' weights.
-
-  Rows are weighted sums of tokens, so that their derivative along another map
-  of the tokens are that map's rows; weights are to have no derivative.
-  """
-  if inputs.deep is None:
-    return choose(inputs)
-  features = inputs.features
-
-  def rows(features):
-    selection = choose(dataclasses.replace(inputs, features=features))
-    return selection.features, selection
-
-  def along(one):
-    given = (features,), (one.astype(features.dtype),)
-    return jax.jvp(rows, *given, has_aux=True)[1:]
-
-  deep, selection = jax.vmap(along, out_axes=(0, None))(inputs.deep)
-  return selection._replace(deep=deep.astype(inputs.deep.dtype))
 
 
 @functools.lru_cache(maxsize=8)

@@ -96,13 +96,6 @@ def test_soft_means_by_their_definition():
     np.testing.assert_allclose(own, mean[order], atol=1e-4)
 
 
-def test_all_tokens_keep_all_of_their_maps():
-  features = video()
-  deep = jnp.stack([features, -features])
-  _, found = selected(compressors.get("em"), features, deep, num_keep=N)
-  np.testing.assert_array_equal(found.deep, deep)
-
-
 def test_merging_inside_the_language_model_merges_what_is_added_later():
   """Maps are a linear function of the rows, before and after a stage."""
   features, layers = video(), layerwise_test.LAYERS

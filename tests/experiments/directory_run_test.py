@@ -17,7 +17,7 @@ from cacovid_jax.preflight import case as case_lib
 from cacovid_jax.preflight import checks
 from cacovid_jax.synthetic import tiny_checkpoints
 from cacovid_jax.training import checkpointing
-from experiments import directory_run, parity_at_size
+from experiments import directory_run, made_up_questions, parity_at_size
 from tests.experiments import commands
 
 # Of a run of seconds; clips of 1 to 6 seconds.
@@ -30,7 +30,7 @@ _CLIPS = {"train": (2, 6), "validation": (3,), "test": (1,)}
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
-  monkeypatch.setattr(directory_run, "_CLIPS", _CLIPS)
+  monkeypatch.setattr(made_up_questions, "CLIPS", _CLIPS)
   monkeypatch.setenv("XLA_FLAGS", tests.xla_flags())
 
 
