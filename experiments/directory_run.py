@@ -5,11 +5,12 @@ python -m experiments.directory_run --size=ov-7b --workdir=/scratch/ov7b
 
   write     a directory of the size with random weights, in shards (a tiny size
             is complete, too), unless --model names one of the real weights
-  clips     mp4 files of 4 to 100 seconds, and questions about them
+  clips     mp4 files of 4 to 100 seconds, and questions about them, also in
+            folders as Video-MME and MVBench are released
   doctor    looks at all of it
   train     is sent --signal once --stop_after steps are saved
   resume    the same command again, to the end, with validation
-  evaluate  the trained policy beside a rule
+  evaluate  the trained policy beside a rule, on each of --benchmarks
 
 Each stage but the first two is a command of its own, as a user gives it.
 Everything stays in the workdir: WORKDIR/transcript.md has commands, exit codes
@@ -39,7 +40,7 @@ from cacovid_jax.evals import tables
 from cacovid_jax.models import safetensors_io
 from cacovid_jax.synthetic import tiny_checkpoints
 from cacovid_jax.training import checkpointing
-from experiments import made_up, parity_at_size
+from experiments import made_up_questions, parity_at_size
 
 # Size -> config file and its argument.
 _FILES = {
@@ -47,13 +48,19 @@ _FILES = {
   "ov-7b": "llava_onevision.py:size=7b",
   "qvl-3b": "qwen2_5_vl.py:size=3b",
   "qvl-7b": "qwen2_5_vl.py:size=7b",
+  "q3vl-2b": "qwen3_vl.py:size=2b",
+  "q3vl-8b": "qwen3_vl.py:size=8b",
   "tiny-ov": "llava_onevision.py:debug",
   "tiny-qvl": "qwen2_5_vl.py:debug",
+  "tiny-q3vl": "qwen3_vl.py:debug",
 }
-_TINY = {"tiny-ov": "llava_onevision", "tiny-qvl": "qwen2_5_vl"}
-# Seconds of the clips of each split of the questions.
-_CLIPS = {"train": (4, 10, 20, 100), "validation": (6, 40), "test": (8, 50)}
-_COLOURS = ("red", "blue", "green", "black")
+_TINY = {
+  "tiny-ov": "llava_onevision",
+  "tiny-qvl": "qwen2_5_vl",
+  "tiny-q3vl": "qwen3_vl",
+}
+_OWN = "own"  # Benchmark of all clips; the others have those of the test.
+_EVALUATE = "evaluate"
 _HEAD = ("stage", "command", "exit code", "seconds")
 
 COMMAND = command.Command(
@@ -72,6 +79,9 @@ COMMAND = command.Command(
       choices=("log_likelihood", "accuracy"),
     ),
     "steps": command.Flag("Of the training.", default=4, least=3),
+    "benchmarks": command.Flag(
+      f"What is asked in the end: {_OWN}, videomme, mvbench.", default=(_OWN,)
+    ),
     "stop_after": command.Flag(
       "Steps saved before the signal, and every so many.", default=2, least=1
     ),
@@ -113,6 +123,11 @@ def main(args) -> int:
     f"--stop_after={args.stop_after}: the step under way is finished, and one"
     f" must be left: give at most {args.steps - 2}, or more --steps",
   )
+  known = _OWN, *made_up_questions.RELEASED
+  errors.check(
+    {*args.benchmarks} <= {*known},
+    f"--benchmarks={','.join(args.benchmarks)}: choose of {', '.join(known)}",
+  )
   workdir = pathlib.Path(args.workdir).absolute()
   model = pathlib.Path(args.model or workdir / "model").absolute()
   errors.check(
@@ -123,7 +138,7 @@ def main(args) -> int:
   done = []
   if not args.model:
     done.append(_timed("write", write_model, args.size, model, args.seed))
-  done.append(_timed("clips", write_clips, workdir / "data"))
+  done.append(_timed("clips", made_up_questions.write, workdir / "data"))
   if not args.write_only:
     done += _commands(args, workdir, model)
   text = tables.as_markdown(
@@ -162,39 +177,6 @@ def write_model(size: str, directory, seed: int) -> None:
       config = parity_at_size.CONFIGS[size]()
       tiny_checkpoints.write_complete(partial, config, seed)
     os.replace(partial, directory)
-
-
-def write_clips(folder) -> None:
-  """Writes clips, `train.json` as of Video-R1, and `questions.json` of all."""
-  folder = pathlib.Path(folder)
-  rows, asked = [], []
-  for split, lengths in _CLIPS.items():
-    for number, seconds in enumerate(lengths):
-      name = f"{split}_{seconds:03d}s.mp4"
-      made_up.write_clip(folder / name, seconds, (160, 90), held=5)
-      letter = "ABCD"[number % 4]
-      text = f"Which colour is seen first in clip {number}?"
-      known = {"id": f"{split}-{number}", "video": name, "question": text}
-      asked.append(
-        known | {"options": _COLOURS, "answer": letter, "split": split}
-      )
-      if split == "train":
-        rows.append(
-          {
-            "problem_id": number,
-            "problem": text,
-            "data_type": "video",
-            "problem_type": "multiple choice",
-            "options": [
-              f"{x}. {y}" for x, y in zip("ABCD", _COLOURS, strict=True)
-            ],
-            "solution": f"<answer>{letter}</answer>",
-            "path": f"./{name}",
-            "data_source": "made",
-          }
-        )
-  files.write(folder / "train.json", json.dumps(rows, indent=1) + "\n")
-  files.write(folder / "questions.json", json.dumps(asked, indent=1) + "\n")
 
 
 def configured(size: str, model, data, texts=(), reward="log_likelihood"):
@@ -238,13 +220,18 @@ def _commands(args, workdir, model) -> list[Ended]:
   run, policy = _Runner(workdir), workdir / "run"
   given = [f"--config={config}", f"--workdir={policy}"]
   train = "cacovid_jax.train", given
-  asked = [given[0], f"--policy={policy}", f"--workdir={workdir / 'evaluate'}"]
-  stages = (
+  stages = [
     ("doctor", "cacovid_jax.doctor", given),
     ("train", *train, (args.stop_after, args.signal)),
     ("resume", *train),
-    ("evaluate", "cacovid_jax.evaluate", asked),
-  )
+  ]
+  for name in args.benchmarks:
+    stage, asked = _EVALUATE, []
+    if name != _OWN:
+      stage = f"{_EVALUATE}_{name}"
+      asked = [f"--benchmark={name}", f"--data={data / name}"]
+    asked += [f"--policy={policy}", f"--workdir={workdir / stage}"]
+    stages.append((stage, "cacovid_jax.evaluate", [given[0], *asked]))
   done = []
   for stage in stages:
     done.append(run(*stage))
@@ -319,13 +306,13 @@ def left_behind(workdir, model) -> list[str]:
       f"The policy's layer began as the base model's first: {share:.1%} of its"
       f" parameters moved, by at most {most:.3g}."
     )
-  results = workdir / "evaluate" / "results.json"
-  if results.exists():
+  for results in sorted(workdir.glob(f"{_EVALUATE}*/results.json")):
     found = json.loads(results.read_text(encoding="utf-8"))
     for name, ratios in found["methods"].items():
       for ratio, cell in ratios.items():
-        told = f"{cell['accuracy']:.1f} % right" if "accuracy" in cell else ""
-        lines.append(f"{name} at {ratio}: {cell['status']}, {told}.")
+        told = f"{cell['accuracy']:.1%} right" if "accuracy" in cell else ""
+        told = f"{name} at {ratio}: {cell['status']}, {told}."
+        lines.append(f"{found['benchmark']}, {told}")
   return lines
 
 

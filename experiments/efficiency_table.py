@@ -55,12 +55,18 @@ from cacovid_jax.evals import (
   timing,
 )
 from cacovid_jax.inference import methods as methods_lib
-from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
+from cacovid_jax.models import (
+  checkpoints,
+  llava_onevision,
+  qwen2_5_vl,
+  qwen3_vl,
+)
 from configs import llava_onevision as training_config
 from experiments import made_up, reporting, stages
 
 _LLAVA = llava_onevision.LlavaOnevisionConfig
 _QWEN = qwen2_5_vl.Qwen2_5VLConfig
+_QWEN3 = qwen3_vl.Qwen3VLConfig
 ROWS = "rows.jsonl"
 
 
@@ -74,8 +80,8 @@ class Size(NamedTuple):
   training: str = ""  # Argument of the config whose training is timed, or "".
 
 
-# 32 frames; Qwen2.5-VL joins two of them, and a 16:9 clip has 12 x 21 tokens
-# within the paper's 256 of a slice.
+# 32 frames; Qwen joins two of them, and a 16:9 clip has 12 x 21 tokens within
+# the paper's 256 of a slice.
 SIZES = {
   "ov-7b": Size(
     _LLAVA.llava_onevision_7b, (32, 14, 14), "bfloat16", "ov7b", "size=7b"
@@ -85,8 +91,11 @@ SIZES = {
   ),
   "qwen-3b": Size(_QWEN.qwen2_5_vl_3b, (16, 12, 21)),
   "qwen-7b": Size(_QWEN.qwen2_5_vl_7b, (16, 12, 21)),
+  "qwen3-2b": Size(functools.partial(_QWEN3.released, "2b"), (16, 12, 21)),
+  "qwen3-8b": Size(functools.partial(_QWEN3.released, "8b"), (16, 12, 21)),
   "tiny": Size(_LLAVA.tiny, (8, 4, 4), "float32", training="debug"),
   "qwen-tiny": Size(_QWEN.tiny, (4, 4, 6), "float32"),
+  "qwen3-tiny": Size(_QWEN3.tiny, (4, 4, 6), "float32"),
 }
 # Rows beside the methods, by label.
 VARIANTS = {
@@ -206,7 +215,7 @@ def dry_run(table, methods, ratios) -> dict[str, Any]:
   speed = estimate.speed_of(table, size.dtype)
   config = size.config()
   text, grid = config.text, size.grid
-  outside = made_up.NUM_TEXT + checkpoints.make_model(config).num_newlines
+  outside = made_up.rows_beside(checkpoints.make_model(config), grid)
   rows = []
   for cell in _cells(methods, ratios):
     compressor = cell.method and cell.method.compressor

@@ -30,6 +30,9 @@ from experiments import clip_matrix
 
 NUM_TEXT = 75  # Tokens of a usual question with options and template.
 START = NUM_TEXT // 3  # Row of a prompt at which the video begins.
+# Tokens of a time of two digits, "<12.3 seconds>", and a mark, before each
+# temporal patch of models that write them, and the mark behind it.
+_TIME_ROWS = (7 + 1, 1)
 SEED = 0  # Of the random weights.
 # A policy takes as long before its training, or for another question.
 UNTRAINED = ("cacovid_untrained", "cacovid_other_question")
@@ -83,7 +86,8 @@ class MadeUp(latency.Subject):
   """A made-up prompt, and the video that its features do not come from."""
 
   pixels: Any  # float32, as the tower takes them.
-  encode: Callable[[], Any]  # Runs the tower's program over them.
+  # Runs the tower's program over them: its arrays by name, see `clips`.
+  encode: Callable[[], dict[str, Any]]
 
 
 def checkpoint(config, dtype, directory, float8=False):
@@ -129,9 +133,12 @@ def subject(checkpoint, grid) -> MadeUp:
   features = given.features.astype(model.dtype)
   rng = np.random.default_rng(0)
   batch = prompt(model, params, features, grid, rng)
+  if model.num_deep:
+    deep = rng.standard_normal((model.num_deep, *features.shape), np.float32)
+    batch = batch._replace(deep=jnp.asarray(deep, model.dtype))
   given, batch = jax.tree.map(lambda leaf: leaf[None], (given, batch))
   given = dataclasses.replace(
-    given, features=batch.features, text=programs.text(batch)
+    given, features=batch.features, deep=batch.deep, text=programs.text(batch)
   )
   followed = policy(checkpoint)
   pixels = rng.standard_normal(config.vision.input_shape(grid), np.float32)
@@ -156,35 +163,50 @@ def policy(checkpoint) -> loading.LoadedPolicy:
   return loading.LoadedPolicy.of(module, params)
 
 
-def encoder(model, params, inputs) -> Callable[[], Any]:
-  """Returns f() -> features float[N, D]: the tower, as a store runs it."""
+def encoder(model, params, inputs) -> Callable[[], dict[str, Any]]:
+  """Returns f() -> {name of `clips`: array}: the tower, as a store runs it."""
   run = clips.tower_program(model, (), None)
   params = {k: v for k, v in params.items() if k != "language_model"}
   inputs = jax.tree.map(jnp.asarray, model.tower_inputs(inputs))
-  return lambda: run(params, inputs)[clips.FEATURES]
+  return lambda: run(params, inputs)
+
+
+def rows_beside(model, grid) -> int:
+  """Returns how many rows of a `prompt` are not of the video's tokens."""
+  times = grid[0] * sum(_TIME_ROWS) if model.processor.tells_time else 0
+  return NUM_TEXT + times + model.num_newlines
 
 
 def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
   """Returns ONE prompt, a video of features float[N, D] in random text."""
-  num_video = math.prod(grid)
-  end = START + num_video + model.num_newlines
+  patches, config = (
+    np.arange(math.prod(grid)).reshape(grid[0], -1),
+    model.config,
+  )
+  length = patches.size + rows_beside(model, grid)
+  end = START + length - NUM_TEXT
   # Ids of text alone: special tokens have the highest ids.
-  most = model.config.text.vocab_size // 2
-  ids = rng.integers(0, most, end - START + NUM_TEXT)
-  ids[START:end] = model.config.video_token_id
+  ids = rng.integers(0, config.text.vocab_size // 2, length)
+  if model.processor.tells_time:
+    before, behind = _TIME_ROWS
+    patches += before + (before + behind) * np.arange(grid[0])[:, None]
+    ids[START + patches[:, 0] - 1] = config.vision_start_token_id
+    ids[START + patches[:, -1] + 1] = config.vision_end_token_id
+  video_rows = START + patches.ravel()
+  newlines = np.arange(end - model.num_newlines, end)
+  ids[[*video_rows, *newlines]] = config.video_token_id
   told = processors.TowerInputs(None, grid, _SECONDS_PER_PATCH)
   positions, following = model.positions(ids, told)
-  ids = jnp.asarray(ids, jnp.int32)
-  video_rows = START + jnp.arange(num_video)
+  ids, video_rows = (jnp.asarray(x, jnp.int32) for x in (ids, video_rows))
   return prompt_batch.PromptBatch(
     x=model.embed_prompt(params, ids, features, video_rows),
     positions=jnp.asarray(positions),
-    lengths=jnp.array(len(ids)),
+    lengths=jnp.array(length),
     video_rows=video_rows,
     next_position=jnp.array(following),
     features=features,
     ids=ids,
-    text_rows=jnp.arange(end, len(ids)),
+    text_rows=jnp.arange(end, length),
   )
 
 
@@ -206,6 +228,10 @@ def reader(subject, folder) -> Callable[[], Any]:
   model = subject.checkpoint.model
   joined = getattr(model.config.vision, "temporal_patch_size", 1)
   rule = frames.FrameRule(joined * subject.grid[0])
+  processor = model.processor
+  if processor.tells_time:  # Its bounds are of whole clips; as in its config.
+    tokens = rule.num_frames * processors.PAPER_TOKENS[1]
+    processor = processor.with_bounds(0, tokens * processor.factor**2)
   call = decode_workers.WAYS["workers"]
-  found = clips.ClipReader(str(folder), model.processor, rule, call=call)
+  found = clips.ClipReader(str(folder), processor, rule, call=call)
   return functools.partial(found.read, path.name)

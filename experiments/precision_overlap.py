@@ -21,6 +21,7 @@ import numpy as np
 from cacovid_jax import command, errors, evaluate
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
+from cacovid_jax.inference import clips
 from cacovid_jax.policy import loading, network, selection
 from cacovid_jax.synthetic import render, world
 from experiments import made_up, reporting
@@ -98,7 +99,7 @@ def draw_prompt(model, params, rng, num_frames):
   # A clip has a start and an end.
   frames = [*render.clip(scene, max(2, num_frames))][:num_frames]
   inputs = model.processor(np.stack(frames))
-  features = made_up.encoder(model, params, inputs)()
+  features = made_up.encoder(model, params, inputs)()[clips.FEATURES]
   found = made_up.prompt(model, params, features, inputs.grid, rng)
   return found.x, found.positions, found.video_rows, inputs.grid
 

@@ -26,9 +26,10 @@ from cacovid_jax import command, errors, files
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import cost, tables, timing
 from cacovid_jax.evals.report import charts
+from cacovid_jax.inference import clips
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.inference import programs as programs_lib
-from cacovid_jax.models import checkpoints, llava_onevision
+from cacovid_jax.models import checkpoints
 from cacovid_jax.parallel import mesh as mesh_lib
 from experiments import made_up, reporting, training_stage
 
@@ -107,8 +108,9 @@ class Ours:
   def _select(self, ratio, batch=None):
     batch = batch or self._batch
     inputs = dataclasses.replace(
-      self._inputs, features=batch.features, scores=self._scores(ratio, batch)
-    )
+      self._inputs, features=batch.features, deep=batch.deep,
+      scores=self._scores(ratio, batch),
+    )  # fmt: skip
     given = self._method.compressor, ratio, self._subject.grid
     return self._subject.programs.select(*given)(inputs)
 
@@ -119,10 +121,10 @@ class Ours:
 
   def _first_token(self, ratio):
     programs, batch = self._subject.programs, self._batch
-    features = self._subject.encode()[None]
-    given = batch.ids, features, batch.video_rows
+    found = {name: x[None] for name, x in self._subject.encode().items()}
+    given = batch.ids, found[clips.FEATURES], batch.video_rows
     x = programs.embed(self._params, *given)
-    batch = batch._replace(x=x, features=features)
+    batch = batch._replace(x=x, **found)
     selection = None if ratio == 1 else self._select(ratio, batch)
     return self._answer(programs, ratio, batch, selection)
 
@@ -167,10 +169,6 @@ def load_peers(args, config) -> dict[str, Callable[[Any], Any]]:
   """Returns {name: f(subject) -> engine} of `PEERS`, for a model's config."""
   if not args.peers:
     return {}
-  errors.check(
-    isinstance(config, llava_onevision.LlavaOnevisionConfig),
-    "the peers are of LLaVA-OneVision; leave --peers out, or change --size",
-  )
   try:
     peers = importlib.import_module("experiments.torch_peers")
   except ImportError as error:
@@ -179,6 +177,13 @@ def load_peers(args, config) -> dict[str, Callable[[Any], Any]]:
     ) from error
   known, unknown = peers.ENGINES, {*args.peers} - {*peers.ENGINES}
   errors.check(not unknown, f"--peers={unknown}: choose of {', '.join(known)}")
+  for name in args.peers:
+    kinds = [kind.__name__.removesuffix("Config") for kind in known[name]]
+    errors.check(
+      type(config) in known[name],
+      f"the peer {name} is of {' and '.join(kinds)}; leave it out of --peers,"
+      " or change --size",
+    )
   errors.check(
     args.torch_device == "cpu" or peers.torch.cuda.is_available(),
     f"PyTorch finds no {args.torch_device}; add --torch_device=cpu",

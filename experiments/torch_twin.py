@@ -97,15 +97,15 @@ def heads_of(policy, frames, rows, eps):
   )
 
 
-def kept_rows(scores, num_keep, start, length):
+def kept_rows(scores, num_keep, text, video):
   """Returns int64 rows of a prompt: text, and the tokens of largest gap.
 
-  A plain top-k, which does less than the method's rule.
+  Of the rows of text and of video tokens. A plain top-k, which does less than
+  the method's rule.
   """
   gap = scores[1][:, 1] - scores[1][:, 0]
-  kept = gap.topk(num_keep).indices.sort().values + start
-  row = torch.arange(length, device=gap.device)
-  return torch.cat([row[:start], kept, row[start + len(gap) :]])
+  kept = video[gap.topk(num_keep).indices]
+  return torch.cat([text, kept]).sort().values
 
 
 class Twin:
@@ -161,7 +161,7 @@ class Twin:
     self._patches = pick(at, ("patch_embedding",))
     self._patches += pick(at, ("position_embedding",), weight)
     self._projector = pick("multi_modal_projector", ("linear_1", "linear_2"))
-    self.newline = tensors["image_newline"]
+    self.newlines = tensors["image_newline"][None]
     self._norm, self._table = pick(_TEXT, ("norm", "embed_tokens"), weight)
     head = "language_model.lm_head.weight"
     self._head = tensors.get(head, self._table)
@@ -172,8 +172,9 @@ class Twin:
     pooling[rows, high] += share
     self._pooling = pooling.to(self.device, self._dtype)
 
-  def encode(self, pixels):
-    """Returns features float[N, D] of pixels float[T, h, w, 3]."""
+  def encode(self, pixels, grid):
+    """Returns (features float[N, D], ()) of pixels float[T, h, w, 3]."""
+    del grid  # The same in all frames.
     vision, (matrix, shift, table) = self.config.vision, self._patches
     side, size = vision.side, vision.patch_size
     x = pixels[:, : side * size, : side * size].to(self._dtype)
@@ -188,7 +189,7 @@ class Twin:
     y = linear(functional.gelu(linear(x, one, bias1)), two, bias2)
     y = y.unflatten(1, (side, side))
     pooled = torch.einsum("pa,tabd,qb->tpqd", self._pooling, y, self._pooling)
-    return pooled.flatten(0, 2)
+    return pooled.flatten(0, 2), ()
 
   def tokens(self, ids):
     """Returns embeddings float[..., D] of int64[...]."""
@@ -210,12 +211,15 @@ class Twin:
     x = after(x, attention(q, k, v), weights[1], text.rms_norm_eps)
     return x, k, v
 
-  def scores(self, x, positions, start, frames, num_video):
-    """Returns (frame float32[T, 2], token float32[N, 2]) of one prompt."""
+  def scores(self, x, positions, video, frames):
+    """Returns (frame float32[T, 2], token float32[N, 2]) of one prompt.
+
+    `video` int64[N] are the rows of its T frames.
+    """
     # Before its training, the policy's layer is the first one.
     y, _, _ = self._layer(x, self._angles(positions), self._layers[0], attend)
-    rows = y[0, start : start + num_video]
-    return heads_of(self._policy, frames, rows, self.config.text.rms_norm_eps)
+    eps = self.config.text.rms_norm_eps
+    return heads_of(self._policy, frames, y[0, video], eps)
 
   def prefill(self, x, positions, room=0):
     """Returns (logits float32[B, V], cache) with room for more rows."""

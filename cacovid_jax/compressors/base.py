@@ -260,8 +260,7 @@ class Compressor:
     """Returns the method with some of `known_options` set; None leaves it."""
     given = tuple(dict.fromkeys([*self.given, *options]))
     # Programs are cached by compressor: values have to be hashable.
-    lists = {k: tuple(v) for k, v in options.items() if isinstance(v, list)}
-    options |= lists
+    options |= {k: tuple(v) for k, v in options.items() if isinstance(v, list)}
     if exact_budget is not None:
       options["exact_budget"] = exact_budget
     return dataclasses.replace(self, **options, given=given)
@@ -309,9 +308,8 @@ class Compressor:
     """Returns the selection of one video, `num_keep` the static K of `rows`.
 
     With an exact budget every row is valid and K >= N keeps everything;
-    otherwise the mask says which are, and the ratio behind K has to be given,
-    by which some methods define inner budgets (METHOD.md 7). `params` are of a
-    trained method, from `load`.
+    otherwise the mask says which are, and the ratio behind K, of which some
+    methods make inner budgets (METHOD.md 7), is given. `params` are `load`'s.
     """
     chex.assert_rank(inputs.features, 2)
     num_video = inputs.features.shape[0]
@@ -335,7 +333,9 @@ class Compressor:
     if num_keep >= num_video and not bound_only:
       return take(inputs.features, jnp.arange(num_video, dtype=jnp.int32))
     own = (params,) if self.trained else ()
-    return self.choose(inputs, num_keep, ratio, *own)
+    return selection_ops.with_deep(
+      lambda given: self.choose(given, num_keep, ratio, *own), inputs
+    )
 
   def select_batch(self, inputs, *, num_keep, ratio=None, params=None):
     """Returns `select` of B videos: inputs and selection have a leading B."""

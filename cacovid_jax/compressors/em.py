@@ -30,7 +30,8 @@ class EM(base.Compressor, name="em"):
   def choose(self, inputs, num_keep, ratio):
     """Returns the means, each at the token that is closest to its basis."""
     features = inputs.features
-    x = similarity.unit(features)
+    # Weights of tokens have no derivative, see `selection_ops.with_deep`.
+    x = similarity.unit(jax.lax.stop_gradient(features))
     bases = x[simple.even_positions(features.shape[0], num_keep)]
     bases = fit(x, bases, lam=self.lam, rounds=self.rounds)
     share = responsibilities(x, bases, lam=self.lam)

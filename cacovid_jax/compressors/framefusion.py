@@ -228,18 +228,23 @@ def _stage(stages, rows, state, attended, number):
   paid = jnp.zeros(rows.index.shape, jnp.float32)
   if attended is not None:
     paid = prompt_batch.read_video(attended, rows.video_rows)
-  merged, survives, state = jax.vmap(
+  # What layers add later is merged with what they add it to.
+  maps = () if rows.deep is None else jnp.unstack(rows.deep, axis=1)
+  (merged, *maps), survives, state = jax.vmap(
     functools.partial(_stage_of_one, stages, number=number)
-  )(video, rows.index, rows.count, paid, state)
+  )((video, *maps), rows.index, rows.count, paid, state)
   x = prompt_batch.write_video(rows.x, rows.video_rows, merged)
-  rows = rows._replace(x=x)
+  rows = rows._replace(x=x, deep=jnp.stack(maps, axis=1) if maps else None)
   kept, count = jax.vmap(lambda s: layerwise.compact(s, len(s)))(survives)
   _, rows = prompt_batch.take(rows, kept, count, num_video=stages.num_video)
   return rows, state
 
 
-def _stage_of_one(stages, video, index, count, paid, state, *, number):
-  """Returns (video float[n, D], survives bool[n], state) of ONE prompt."""
+def _stage_of_one(stages, maps, index, count, paid, state, *, number):
+  """Returns (maps, survives bool[n], state) of ONE prompt.
+
+  Maps are 1 + S of float[n, D]: the stream's rows of video, and `deep`.
+  """
   valid = jnp.arange(index.shape[0]) < count
   layers_left = jnp.maximum(stages.num_layers - number, 1)
   left = stages.total - state.spent
@@ -250,7 +255,7 @@ def _stage_of_one(stages, video, index, count, paid, state, *, number):
     keep_pruning = jnp.round(share).astype(jnp.int32)
   remove = jnp.maximum(count - keep_merging, 0)
   merged, flagged, (ends, enough, forced) = _merge(
-    stages, video, index, count, remove=remove, left=left, number=number
+    stages, maps, index, count, remove=remove, left=left, number=number
   )
   rank = selection_ops.rank(jnp.where(valid, paid, -1.0))
   merging = ~(state.merged | state.done)
@@ -263,15 +268,18 @@ def _stage_of_one(stages, video, index, count, paid, state, *, number):
     done=state.done | pruning | (merging & (enough | forced)),
     forced=state.forced | (merging & forced),
   )
-  return jnp.where(merging, merged, video), survives, state
+  pairs = zip(merged, maps, strict=True)
+  maps = tuple(jnp.where(merging, new, old) for new, old in pairs)
+  return maps, survives, state
 
 
-def _merge(stages, video, index, count, *, remove, left, number):
-  """Returns (merged video float[n, D], flagged bool[n], three bool[]).
+def _merge(stages, maps, index, count, *, remove, left, number):
+  """Returns (merged maps, flagged bool[n], three bool[]).
 
-  Flagged tokens have gone into the one before them in time. The three: merging
-  ends; enough are alike to meet the budget, by `remove` less; it had to be met
-  by force, this and the later layers seeing `left` in all.
+  Of maps as of `_stage_of_one`, the first of which decides. Flagged tokens have
+  gone into the one before them in time. The three: merging ends; enough are
+  alike to meet the budget, by `remove` less; it had to be met by force, this
+  and the later layers seeing `left` in all.
   """
   T, H, W = stages.grid
   rule, size, patches = stages.rule, index.shape[0], H * W
@@ -281,7 +289,7 @@ def _merge(stages, video, index, count, *, remove, left, number):
   place, frame = index % patches, index // patches
   key = jnp.where(inside, place * T + frame, T * patches)
   order = jnp.argsort(key, stable=True)
-  ordered = video[order].astype(jnp.float32)
+  ordered = maps[0][order].astype(jnp.float32)
   ordered_place = jnp.where(inside, place, -1)[order]
   norm = jnp.maximum(jnp.linalg.norm(ordered, axis=-1), 1e-6)
   dot = (ordered * jnp.roll(ordered, 1, axis=0)).sum(axis=-1)
@@ -308,13 +316,16 @@ def _merge(stages, video, index, count, *, remove, left, number):
   ranked = jnp.where(inside & (slot > 0), ranked, -jnp.inf)
   rank = selection_ops.rank(ranked)
   flags = jnp.where(enough | forced, inside & (rank < remove), alike)
-
-  mean, members = _means_of_runs(ordered, flags)
-  # A token that nothing joined stays as it is, bit for bit.
-  joined = inside & ~flags & (members > 1)
-  changed = jnp.where(joined[:, None], mean.astype(video.dtype), video[order])
   back = selection_ops.inverse(order)
-  return changed[back], flags[back], (ends, enough, forced)
+
+  def merged(x):
+    mean, members = _means_of_runs(x[order].astype(jnp.float32), flags)
+    # A token that nothing joined stays as it is, bit for bit.
+    joined = inside & ~flags & (members > 1)
+    return jnp.where(joined[:, None], mean.astype(x.dtype), x[order])[back]
+
+  maps = tuple(map(merged, maps))
+  return maps, flags[back], (ends, enough, forced)
 
 
 def _means_of_runs(x, flags):

@@ -35,7 +35,7 @@ class Scissor(base.Compressor, name="scissor"):
 
   def choose(self, inputs, num_keep, ratio):
     frames, tau = inputs.frames, self.tau
-    alike = similarity.symmetric(frames)
+    alike = similarity.symmetric(jax.lax.stop_gradient(frames))
     mode = self.mode or ("mst" if self.exact_budget else "tau")
     if mode == "bisect":
       tau = _bisect(frames, alike, num_keep)
@@ -79,7 +79,7 @@ def _melt_twice(frames, alike, tau, num_keep=None):
   hub = clustering.best_member(links.sum(axis=-1).reshape(-1), spatial, T * P)
   valid = spatial == jnp.arange(T * P)
 
-  alike = similarity.symmetric(means)
+  alike = similarity.symmetric(jax.lax.stop_gradient(means))
   if num_keep is None:
     links = _links(alike, tau) & valid[:, None] & valid
     label = clustering.connected_components(links)

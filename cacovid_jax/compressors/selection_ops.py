@@ -3,6 +3,7 @@
 Ranks instead of sorts: a count that is data then is one comparison.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import chex
@@ -25,6 +26,32 @@ class Selection(NamedTuple):
   mask: jax.Array  # bool[K], True where a row is valid.
   mass: jax.Array  # float32[K], number of tokens that a row stands for.
   assign: jax.Array  # int32[N], row that each token went into, -1 = dropped.
+  # float[S, K, D], rows of `video_llm.VideoFeatures.deep`, made of tokens with
+  # the weights of `features`; None of models without it, and of tokens as they
+  # are.
+  deep: jax.Array | None = None
+
+
+def with_deep(choose, inputs) -> Selection:
+  """Returns choose(inputs), with rows of `inputs.deep` if there is any.
+
+  Rows are weighted sums of tokens, so that their derivative along another map
+  of the tokens are that map's rows; weights are to have no derivative.
+  """
+  if inputs.deep is None:
+    return choose(inputs)
+  features = inputs.features
+
+  def rows(features):
+    selection = choose(dataclasses.replace(inputs, features=features))
+    return selection.features, selection
+
+  def along(one):
+    given = (features,), (one.astype(features.dtype),)
+    return jax.jvp(rows, *given, has_aux=True)[1:]
+
+  deep, selection = jax.vmap(along, out_axes=(0, None))(inputs.deep)
+  return selection._replace(deep=deep.astype(inputs.deep.dtype))
 
 
 def take(features, index, num_valid=None) -> Selection:

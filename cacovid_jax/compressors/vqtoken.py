@@ -56,7 +56,7 @@ class VQToken(base.Compressor, name="vqtoken"):
     per_draw = self.seeds_per_draw
     if per_draw is None:
       per_draw = math.ceil(num_clusters / _DRAWS) if many else 1
-    x = similarity.unit(features)
+    x = similarity.unit(jax.lax.stop_gradient(features))
     chosen = kmeans.seeds(inputs.rng, x, num_clusters, per_draw=per_draw)
     used = jnp.ones([num_clusters], bool)
 
@@ -74,7 +74,10 @@ class VQToken(base.Compressor, name="vqtoken"):
     assign, alike = kmeans.nearest(x, centres, used)
     index = clustering.distinct_representatives(alike, assign, num_clusters)
     index = jnp.pad(index, (0, num_keep - num_clusters))
-    tokens = features if self.codes == "raw" else x
+    tokens = features
+    if self.codes == "unit":
+      tokens = features.astype(jnp.float32)
+      tokens /= similarity.norm(jax.lax.stop_gradient(tokens))[:, None]
     out = base.merge(tokens, index, assign, used.sum())
     return out._replace(features=out.features.astype(features.dtype))
 

@@ -184,7 +184,7 @@ class PromptMemory(NamedTuple):
 
   weights: int  # Of the base model.
   policy: int  # Of the policy's weights.
-  features: int  # Of the batch's videos, float32.
+  features: int  # Of the batch's videos with their maps, float32.
   prompts: int  # Embeddings of the batch.
   cache: int  # Keys and values, with the copy that makes room for the answer.
   activations: int  # Of the prefill or the tower, whichever is larger.
@@ -217,7 +217,7 @@ def memory(
   return PromptMemory(
     weights=weight_bytes(config, dtype, model_shards),
     policy=policy_bytes(policy) if policy else 0,
-    features=4 * batch * math.prod(grid) * width,
+    features=batch * feature_bytes(config, grid),
     prompts=batch * prompt_rows * width * itemsize,
     cache=kv_bytes(text, layers, dtype, batch=batch, model_shards=model_shards),
     activations=max(
@@ -239,8 +239,12 @@ def policy_bytes(config: network.PolicyConfig) -> int:
 
 
 def feature_bytes(config: Any, grid: Grid, vision_keys: bool = False) -> int:
-  """Returns the bytes of one video in the feature cache, in float32."""
-  vision, per_token = config.vision, config.text.hidden_size
+  """Returns the bytes of one video in the feature cache, in float32.
+
+  Those of the maps that a decoder adds to its layers are among them.
+  """
+  maps = 1 + checkpoints.make_model(config).num_deep
+  vision, per_token = config.vision, maps * config.text.hidden_size
   if vision_keys:  # Of the tower, with its attention.
     per_token += 1 + vision.hidden_size // vision.num_heads
   return 4 * math.prod(grid) * per_token

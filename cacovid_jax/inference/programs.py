@@ -83,7 +83,7 @@ def read_rows(
   rows = math.prod(index.shape[:2])
   pruned = jax.tree.map(lambda a: a.reshape(rows, *a.shape[2:]), pruned)
   if replaced is not None:
-    pruned = prompt_batch.write_selection(pruned, prompts.deep, replaced)
+    pruned = prompt_batch.write_selection(pruned, replaced)
   logits, cache, _ = _prefill(model, params, pruned, room, earlier)
   return logits, cache, pruned.next_position
 
@@ -322,9 +322,10 @@ def _cut(selection: base.Selection, sizes):
     return selection
   most = int(selection.mask.sum(axis=1).max())
   rows = next(size for size in sizes if size >= most)
-  parts = selection._replace(assign=None)
+  parts = selection._replace(assign=None, deep=None)
   parts = jax.tree.map(lambda leaf: leaf[:, :rows], parts)
-  return parts._replace(assign=selection.assign)
+  deep = None if selection.deep is None else selection.deep[:, :, :rows]
+  return parts._replace(assign=selection.assign, deep=deep)
 
 
 def _padded(selection: base.Selection, ratio: float, grid):
@@ -335,8 +336,9 @@ def _padded(selection: base.Selection, ratio: float, grid):
   num_keep = selection.index.shape[1]
   more = max(int(ratio * tokens), num_keep) - num_keep
 
-  def pad(x, count, value):
-    width = [(0, 0), (0, count), *[(0, 0)] * (x.ndim - 2)]
+  def pad(x, count, value, axis=1):
+    width = [(0, 0)] * x.ndim
+    width[axis] = 0, count
     return jnp.pad(x, width, constant_values=value)
 
   return base.Selection(
@@ -345,4 +347,5 @@ def _padded(selection: base.Selection, ratio: float, grid):
     mask=pad(selection.mask, more, False),
     mass=pad(selection.mass, more, 0),
     assign=pad(selection.assign, tokens - num_video, -1),
+    deep=None if selection.deep is None else pad(selection.deep, more, 0, 2),
   )

@@ -227,20 +227,20 @@ def keep(prompts: PrunedPrompts, selection, *, num_video) -> PrunedPrompts:
   """Returns whole prompts with only what a selection [B, ...] keeps of N."""
   count = selection.mask.sum(axis=1).astype(jnp.int32)
   _, kept = take(prompts, selection.index, count, num_video=num_video)
-  kept = write_selection(kept, prompts.deep, selection)
+  kept = write_selection(kept, selection)
   own = jnp.arange(selection.index.shape[1], dtype=jnp.int32)
   row = jnp.broadcast_to(own, selection.index.shape)
   return kept._replace(row=row, entered=selection)
 
 
-def write_selection(kept, deep, selection):
+def write_selection(kept, selection):
   """Returns B prompts of what is kept with a selection's rows in their places.
 
-  A method may have changed the rows that it keeps (merged tokens). `deep`
-  float[B, S, N, D] is that of the whole videos, or None.
+  A method may have changed the rows that it keeps, merged tokens; feature maps
+  change where the selection has them.
   """
-  if deep is not None:
-    kept = kept._replace(deep=jax.vmap(_means)(deep, selection))
+  if selection.deep is not None:
+    kept = kept._replace(deep=selection.deep.astype(kept.deep.dtype))
   x = write_video(kept.x, kept.video_rows, selection.features)
   return kept._replace(x=x)
 
@@ -272,18 +272,6 @@ def take(prompts: PrunedPrompts, kept, count, *, num_video):
   entered = prompts.entered
   taken, pruned = jax.vmap(one)(prompts._replace(entered=None), kept, count)
   return taken, pruned._replace(entered=entered)
-
-
-def _means(deep, selection):
-  """Returns float[S, K, D]: means of the tokens that a row stands for."""
-  size = selection.index.shape[0]
-  members = selection.assign == jnp.arange(size)[:, None]  # [K, N]
-  weights = members / jnp.maximum(members.sum(axis=1, keepdims=True), 1)
-  weights, values = (a.astype(jnp.float32) for a in (weights, deep))
-  # A product with zeros and ones, not a sum by row numbers, whose order is
-  # open on a GPU; one token alone stays as it is.
-  means = jnp.einsum("KN,SND->SKD", weights, values, precision="highest")
-  return means.astype(deep.dtype)
 
 
 def read_video(x, video_rows):

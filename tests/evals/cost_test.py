@@ -14,7 +14,12 @@ import pytest
 
 from cacovid_jax import compressors
 from cacovid_jax.evals import cost
-from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl
+from cacovid_jax.models import (
+  checkpoints,
+  llava_onevision,
+  qwen2_5_vl,
+  qwen3_vl,
+)
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import network
 from tests.models import towers
@@ -266,6 +271,9 @@ def test_features_on_disk():
   assert cost.feature_bytes(LLAVA, (4, 4, 4)) == 4 * 64 * 32
   # Attention and the mean key of a head of 8 values beside them.
   assert cost.feature_bytes(LLAVA, (4, 4, 4), True) == 4 * 64 * (32 + 1 + 8)
+  # With two maps of the tower's layers.
+  qwen3 = qwen3_vl.Qwen3VLConfig.tiny()
+  assert cost.feature_bytes(qwen3, (4, 4, 4)) == 3 * 4 * 64 * 32
 
 
 def test_time_is_work_over_speed():

@@ -17,7 +17,7 @@ from cacovid_jax.preflight import case as case_lib
 from cacovid_jax.preflight import checks
 from cacovid_jax.synthetic import tiny_checkpoints
 from cacovid_jax.training import checkpointing
-from experiments import directory_run, parity_at_size
+from experiments import directory_run, made_up_questions, parity_at_size
 from tests.experiments import commands
 
 # Of a run of seconds; clips of 1 to 6 seconds.
@@ -30,13 +30,14 @@ _CLIPS = {"train": (2, 6), "validation": (3,), "test": (1,)}
 
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
-  monkeypatch.setattr(directory_run, "_CLIPS", _CLIPS)
+  monkeypatch.setattr(made_up_questions, "CLIPS", _CLIPS)
   monkeypatch.setenv("XLA_FLAGS", tests.xla_flags())
 
 
 def test_a_directory_is_trained_stopped_resumed_and_evaluated(tmp_path):
   words = [f"--set={text}" for text in _SHORT]
   words += [f"--workdir={tmp_path}", "--steps=3", "--stop_after=1"]
+  words += ["--size=tiny-q3vl", "--benchmarks=videomme,mvbench"]
   args = directory_run.COMMAND.parse(["directory_run", *words])
   code = directory_run.main(args)
   logs = {x.stem: x.read_text()[-2000:] for x in tmp_path.glob("*.log")}
@@ -46,10 +47,20 @@ def test_a_directory_is_trained_stopped_resumed_and_evaluated(tmp_path):
   assert "continuing after step 2" in logs["resume"]
   assert checkpointing.steps(tmp_path / "run" / "checkpoints")[-1] == 3
   text = (tmp_path / "transcript.md").read_text()
-  for stage in ("write", "clips", "doctor", "train", "resume", "evaluate"):
+  for stage in ("write", "clips", "doctor", "train", "resume"):
     assert f"| {stage} |" in text
-  results = json.loads((tmp_path / "evaluate" / "results.json").read_text())
-  assert results["methods"]["cacovid"]["0.25"]["status"] == "ok"
+  for name, metric in (
+    ("videomme", "videomme_perception_score"), ("mvbench", "mvbench_accuracy")
+  ):  # fmt: skip
+    assert f"| evaluate_{name} |" in text
+    folder = tmp_path / f"evaluate_{name}"
+    found = json.loads((folder / "results.json").read_text())
+    assert (found["benchmark"], found["metric"]) == (name, metric)
+    told = found["provenance"]["settings"]
+    assert told["prompt_rule"] == "transformers 4.57"
+    cell = found["methods"]["cacovid"]["0.25"]
+    assert (cell["status"], cell["n"]) == ("ok", 1)
+    assert f"{name}, cacovid at 0.25: ok, {cell['accuracy']:.1%} right" in text
   # Gradients moved the layer, by about a rate of 1e-7 an update.
   policy = tmp_path / "run" / "policy" / "policy.safetensors"
   share, most = directory_run.moved(policy, tmp_path / "model")
@@ -59,17 +70,16 @@ def test_a_directory_is_trained_stopped_resumed_and_evaluated(tmp_path):
     directory_run.main(args)
 
 
-def test_the_other_family_is_written_and_fits(tmp_path):
-  args = {"size": "tiny-qvl", "workdir": tmp_path, "write_only": "true"}
+@pytest.mark.parametrize("size", ["tiny-ov", "tiny-qvl"])
+def test_the_other_families_are_written_and_fit(size, tmp_path):
+  args = {"size": size, "workdir": tmp_path, "write_only": "true"}
   assert commands.run(directory_run, **args) == 0
   model, data = tmp_path / "model", tmp_path / "data"
   rows = readers.read_video_r1(str(data / "train.json"), str(data))
   assert [row.video for row in rows] == ["train_002s.mp4", "train_006s.mp4"]
   for split, lengths in _CLIPS.items():
     assert len(readers.read_own(data, data, split=split)) == len(lengths)
-  config = directory_run.configured(
-    "tiny-qvl", model, data, (*_SHORT, "mesh.data=1")
-  )
+  config = directory_run.configured(size, model, data, (*_SHORT, "mesh.data=1"))
   experiment = experiment_lib.Experiment.from_config(
     config, tmp_path / "run", split="videos_per_step"
   )
@@ -82,7 +92,7 @@ def test_the_other_family_is_written_and_fits(tmp_path):
   assert (model / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("size", ["ov-0.5b", "qvl-3b"])
+@pytest.mark.parametrize("size", ["ov-0.5b", "qvl-3b", "q3vl-8b"])
 def test_released_sizes_are_complete_in_shards_and_repeat(
   size, tmp_path, monkeypatch
 ):
@@ -140,6 +150,9 @@ def test_too_few_steps_and_no_workdir_are_one_line(tmp_path):
     commands.run(directory_run)
   with pytest.raises(errors.UserError, match="--stop_after=3: .* at most 2"):
     commands.run(directory_run, workdir=tmp_path, stop_after=3)
+  with pytest.raises(errors.UserError, match="seedbench: choose of own, vid"):
+    words = dict(workdir=tmp_path / "none", benchmarks="mvbench,seedbench")
+    commands.run(directory_run, **words)
   with pytest.raises(errors.UserError, match="choose .*qvl-7b"):
     commands.parse(directory_run, size="8b")
   assert not os.listdir(tmp_path)

@@ -14,6 +14,8 @@ from cacovid_jax import errors
 from cacovid_jax.compressors import selection_ops
 from cacovid_jax.data import answer_log
 from cacovid_jax.evals import cost
+from cacovid_jax.inference import clips
+from cacovid_jax.inference import programs as programs_lib
 from cacovid_jax.models import checkpoints
 from configs import llava_onevision as training_config
 from experiments import (
@@ -31,55 +33,121 @@ from tests.experiments import commands
 SIZE = efficiency_table.SIZES["tiny"]
 
 
-@pytest.fixture(scope="module")
-def subject(tmp_path_factory):
-  """A prompt to weights of which every one matters, unlike those for times."""
-  model = checkpoints.make_model(SIZE.config())
+def made_of(size, folder):
+  """Returns a prompt to weights of which every one matters, in a folder."""
+  model = checkpoints.make_model(size.config())
   rng = np.random.default_rng(0)
   params = jax.tree.map(
     lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32),
     model.init(jax.random.key(0)),
   )
-  folder = tmp_path_factory.mktemp("weights")
   checkpoints.save(folder, model.config, params, eos_ids=[1], pad_id=0)
-  return made_up.subject(checkpoints.load(folder), SIZE.grid)
+  return made_up.subject(checkpoints.load(folder), size.grid)
 
 
-@pytest.mark.parametrize("name", torch_peers.ENGINES)
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+  return made_of(SIZE, tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("qwen3")
+  return made_of(efficiency_table.SIZES["qwen3-tiny"], folder)
+
+
+def same(theirs, ours):
+  np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "name,model",
+  [("transformers", "subject"), ("transformers", "qwen3"), ("twin", "subject")],
+)
 @torch.no_grad()
-def test_a_peer_computes_what_ours_does(subject, name):
+def test_a_peer_computes_what_ours_does(name, model, request):
   """Float32, the same weights; the first two tokens behind the prompt."""
+  subject = request.getfixturevalue(model)
   peer, batch = torch_peers.Peer(name, "cpu", subject), subject.batch
   model, params = subject.checkpoint.model, subject.checkpoint.params
-
-  def same(theirs, ours):
-    np.testing.assert_allclose(theirs.numpy(), ours, rtol=1e-4, atol=1e-5)
-
-  same(peer.engine.encode(peer.pixels), subject.encode())
-  same(peer.x, batch.x)
+  features, deep = peer.encode()
+  found = subject.encode()
+  same(features, found[clips.FEATURES])
+  assert len(deep) == model.num_deep
+  for one, own in zip(deep, found.get(clips.DEEP, ()), strict=True):
+    same(one, own)
+  same(peer.prompt.x[0], batch.x[0])
   ours = stages.Ours(subject)
   scores = ours.function("scores", 1.0)[0]()
-  for theirs, own in zip(peer.scored(peer.x), scores, strict=True):
+  for theirs, own in zip(peer.scored(peer.prompt), scores, strict=True):
     same(theirs, own[0])
-  logits, cache = peer.engine.prefill(peer.x, peer.positions, room=2)
+  logits, cache = peer.read(peer.prompt, room=2)
   length = batch.x.shape[1]
   own, own_cache, _ = model.prefill(
-    params, batch.x, batch.positions, batch.lengths, cache_length=length + 2
-  )
+    params, batch.x, batch.positions, batch.lengths, cache_length=length + 2,
+    deep=batch.deep, video_rows=batch.video_rows,
+  )  # fmt: skip
   same(logits, own)
+  positions = peer.prompt.positions[..., -1:]
   for step in range(2 if name == "twin" else 1):
     ids = np.array([7 + step])
     at = torch.tensor([length + step])
-    logits = peer.engine.decode(torch.from_numpy(ids), at, at, cache)
-    where = np.array([[length + step]])
+    given = torch.from_numpy(ids), positions + 1 + step, at, cache
+    where = batch.next_position[:, None] + step
+    where = jnp.broadcast_to(where, (1, model.num_position_rows))
     own, own_cache = model.decode_step(params, ids, where, own_cache)
-    same(logits, own)
+    same(peer.engine.decode(*given), own)
+
+
+@torch.no_grad()
+def test_a_peer_prunes_feature_maps_as_ours_do(qwen3):
+  """The peer's choice, read by both; times and marks stay."""
+  peer, batch = torch_peers.Peer("transformers", "cpu", qwen3), qwen3.batch
+  pruned = peer.pruned(peer.prompt, 0.25)
+  is_video = pruned.more["is_video"].numpy()
+  rows = batch.x.shape[1] - 96 + 24
+  assert (len(is_video), is_video.sum()) == (rows, 24)
+  kept = np.array([
+    np.flatnonzero((batch.features[0] == x.numpy()).all(axis=1)).item()
+    for x in pruned.x[0][is_video]
+  ])  # fmt: skip
+  for one, own in zip(pruned.more["deep"], batch.deep[0], strict=True):
+    same(one, own[kept])
+  own, _, _ = programs_lib.read_rows(
+    qwen3.checkpoint.model, qwen3.checkpoint.params, batch,
+    kept[None, None].astype(np.int32), np.array([24]), room=0,
+  )  # fmt: skip
+  logits, _ = peer.read(pruned)
+  same(logits, own)
+  # All combinations of a rollout, and a prompt without the maps.
+  rollout = peer.function("rollout", 1.0)[0]()
+  assert rollout.shape == (stages.ROLLOUTS, own.shape[1])
+  np.testing.assert_allclose(rollout, rollout[:1].expand_as(rollout), rtol=1e-5)
+  blank = [torch.zeros_like(one) for one in pruned.more["deep"]]
+  more = pruned.more | {"deep": blank}
+  assert not np.allclose(peer.read(pruned._replace(more=more))[0], own)
+
+
+def test_made_up_prompts_tell_times(qwen3):
+  """Seven tokens of a time and two marks of each of the temporal patches."""
+  batch, config = qwen3.batch, qwen3.checkpoint.model.config
+  ids = np.asarray(batch.ids[0])
+  start, video, end = (
+    np.flatnonzero(ids == getattr(config, f"{name}_token_id"))
+    for name in ("vision_start", "video", "vision_end")
+  )
+  np.testing.assert_array_equal(video, batch.video_rows[0])
+  np.testing.assert_array_equal(start, 25 + 7 + 33 * np.arange(4))
+  np.testing.assert_array_equal(end, start + 25)
+  assert len(ids) == 75 + 96 + 4 * 9
+  assert made_up.rows_beside(qwen3.checkpoint.model, qwen3.grid) == 75 + 4 * 9
 
 
 def test_a_peer_keeps_text_and_the_largest_gaps():
   token = torch.tensor([[0.0, 1.0], [0.0, 3.0], [2.0, 1.0], [0.0, 2.0]])
-  rows = torch_twin.kept_rows((None, token), 2, start=2, length=8)
-  assert rows.tolist() == [0, 1, 3, 5, 6, 7]
+  text, video = torch.tensor([0, 1, 4, 7]), torch.tensor([2, 3, 5, 6])
+  rows = torch_twin.kept_rows((None, token), 2, text, video)
+  assert rows.tolist() == [0, 1, 3, 4, 6, 7]
 
 
 def test_limits_are_work_over_speed(subject):
@@ -191,6 +259,17 @@ def test_a_table_goes_on(subject, tmp_path, monkeypatch, capsys):
   assert again == rows
 
 
+def test_a_table_of_the_other_family(qwen3, tmp_path):
+  flags = FLAGS | dict(
+    workdir=tmp_path, weights=qwen3.checkpoint.identity["path"],
+    size="qwen3-tiny", peers="transformers", kept="0.5",
+  )  # fmt: skip
+  commands.run(efficiency_table, **flags)
+  rows = json.loads((tmp_path / "stages.json").read_text())["stages"]
+  missing = [row["stage"] for row in rows if row["status"] != "ok"]
+  assert len(rows) == 2 * 7 and missing == ["load", "clip"]
+
+
 def test_a_peer_that_fails_is_made_once_and_stops_no_other():
   made = []
 
@@ -257,7 +336,12 @@ def test_what_does_not_fit_is_written_as_such(subject, tmp_path, monkeypatch):
       "twins.*: choose of trans",
     ),
     (efficiency_table, dict(kept="1,2"), "ratio 2.0 is outside"),
-    (efficiency_table, dict(size="qwen-tiny"), "are of LLaVA-OneVision"),
+    (efficiency_table, dict(size="qwen3-tiny"), "peer twin is of LlavaOne"),
+    (
+      efficiency_table,
+      dict(size="qwen-tiny", peers="transformers"),
+      "is of LlavaOnevision and Qwen3VL; leave it out",
+    ),
     (efficiency_table, dict(torch_device="cuda"), "add --torch_device=cpu"),
     (scaling, dict(frames=""), "--frames=.*whole numbers above 0"),
     (scaling, dict(batches="0"), "--batches=.*whole numbers above 0"),

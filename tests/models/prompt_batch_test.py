@@ -220,25 +220,25 @@ class PrunedPromptsTest(absltest.TestCase):
     np.testing.assert_array_equal(pruned.index, [[2]])
     np.testing.assert_array_equal(pruned.positions[0, 0], [0, 30, 40, 60, 70])
 
-  def test_those_of_merged_tokens_are_their_mean(self):
-    deep = self.deep.reshape(3, 4, 2)
-    features = jnp.full((1, 3, 2), -1.0)
+  def test_those_of_a_selection_take_their_places(self):
     selection = base.Selection(
-      features=features,
+      features=jnp.full((1, 3, 2), -1.0),
       index=jnp.array([[0, 3, 4]]),
       mask=jnp.array([[True, True, False]]),
       mass=jnp.array([[3.0, 1.0, 0.0]]),
       assign=jnp.array([[0, 0, 0, 1]]),
+      deep=jnp.arange(3 * 3 * 2.0).reshape(1, 3, 3, 2),
     )
-    kept = prompt_batch.keep(
-      prompt_batch.whole(self.batch), selection, num_video=4
-    )
-    np.testing.assert_allclose(
-      kept.deep[0, :, 0], deep[:, :3].mean(axis=1), rtol=1e-6
-    )
-    np.testing.assert_array_equal(kept.deep[0, :, 1], deep[:, 3])
+    whole = prompt_batch.whole(self.batch)
+    kept = prompt_batch.keep(whole, selection, num_video=4)
+    np.testing.assert_array_equal(kept.deep, selection.deep)
     np.testing.assert_array_equal(kept.x[0, :6, 0], [0, -1, 6, -1, 12, 14])
     np.testing.assert_array_equal(kept.lengths, [6])
+    # Without any, those of the tokens that are kept.
+    plain = selection._replace(deep=None)
+    kept = prompt_batch.keep(whole, plain, num_video=4)
+    deep = self.deep.reshape(3, 4, 2)
+    np.testing.assert_array_equal(kept.deep[0, :, :2], deep[:, [0, 3]])
 
 
 def test_buckets_of_text_pad_least():

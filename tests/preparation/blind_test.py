@@ -16,6 +16,7 @@ from cacovid_jax.data import readers
 from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints
 from cacovid_jax.preparation import blind_filter as blind
+from cacovid_jax.synthetic import tiny_checkpoints
 from tests.data import tokenizers_for_tests as toks
 from tests.evals import tiny
 
@@ -131,13 +132,18 @@ def test_answers_are_those_of_a_plain_loop_over_prompts_without_video(
   assert len(set(answers)) > 1 and all(answers)
 
 
-def test_a_model_with_three_rows_of_positions(tmp_path):
-  directory = tiny.write_qwen_checkpoint(tmp_path)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_models_with_three_rows_of_positions(family, tmp_path):
+  directory, system = str(tmp_path / "model"), ""
+  if family == "qwen3_vl":
+    tiny_checkpoints.write_tiny(directory, family)
+  else:
+    directory = tiny.write_qwen_checkpoint(tmp_path)
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
   checkpoint = checkpoints.load(directory)
   rows = readers.read_video_r1(write(tmp_path / "train.json", ROWS[2:4]))
   turns = [
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    f"{system}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
     for text in (
       "How many objects are there?\nA. one\nB. two" + LETTER_HINT,
       "What is it?" + TEXT_HINT,

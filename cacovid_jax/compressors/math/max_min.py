@@ -30,6 +30,8 @@ def max_min_subset(features, *, num_keep: int, distances: str = "auto"):
   token when it is picked: less memory, and slower by far on an accelerator;
   "auto" holds them where they fit.
   """
+  # A choice has no derivative, and neither has the kernel.
+  features = jax.lax.stop_gradient(features)
   num_tokens = features.shape[0]
   if distances == "auto":
     fits = 4 * num_tokens**2 <= similarity.MATRIX_BYTES
@@ -71,6 +73,7 @@ def max_min(distances, first, num_keep):
     size = len(distances)
     return max_min_loop(lambda item: distances[item], first, size, num_keep)
 
+  distances = jax.lax.stop_gradient(distances)
   kernel = functools.partial(max_min_picks, num_keep=num_keep)
   return jax.lax.platform_dependent(distances, first, cuda=kernel, default=loop)
 

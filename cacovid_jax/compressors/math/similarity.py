@@ -16,15 +16,16 @@ _LEAST_NORM = 1e-6
 def unit(x: jax.Array) -> jax.Array:
   """Returns float32[..., D], x float[..., D] at norm 1; zeros stay zeros."""
   x = x.astype(jnp.float32)
-  return x / _norm(x)[..., None]
+  return x / norm(x)[..., None]
 
 
 def inverse_norm(x: jax.Array) -> jax.Array:
   """Returns float32[...], one over the norms of tokens x float[..., D]."""
-  return 1.0 / _norm(x.astype(jnp.float32))
+  return 1.0 / norm(x.astype(jnp.float32))
 
 
-def _norm(x):
+def norm(x):
+  """Returns [...], norms of x float[..., D], not below a least one."""
   return jnp.maximum(jnp.linalg.norm(x, axis=-1), _LEAST_NORM)
 
 
@@ -62,9 +63,9 @@ def symmetric(x: jax.Array) -> jax.Array:
 def adjacent(frames: jax.Array) -> jax.Array:
   """Returns float32[T - 1, ...], cosines to the next, of float[T, ..., D]."""
   x = frames.astype(jnp.float32)
-  norm = _norm(x)
+  length = norm(x)
   product = jnp.sum(x[1:] * x[:-1], axis=-1)
-  return product / norm[1:] / norm[:-1]
+  return product / length[1:] / length[:-1]
 
 
 def settled(cosines: jax.Array) -> jax.Array:
