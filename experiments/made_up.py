@@ -179,10 +179,8 @@ def rows_beside(model, grid) -> int:
 
 def prompt(model, params, features, grid, rng) -> prompt_batch.PromptBatch:
   """Returns ONE prompt, a video of features float[N, D] in random text."""
-  patches, config = (
-    np.arange(math.prod(grid)).reshape(grid[0], -1),
-    model.config,
-  )
+  config = model.config
+  patches = np.arange(math.prod(grid)).reshape(grid[0], -1)
   length = patches.size + rows_beside(model, grid)
   end = START + length - NUM_TEXT
   # Ids of text alone: special tokens have the highest ids.
