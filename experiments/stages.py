@@ -233,7 +233,8 @@ def limits(subject, speed, training=None) -> Callable[[str, float], float]:
     flops = {
       "tower": tower, "scores": score, "select": score, "prefill": prefill(kept)
     }  # fmt: skip
-    each = prefill(len(training_stage.rollout_tokens(grid)))
+    # The text in front is read once for all.
+    each = prefill(len(training_stage.rollout_tokens(grid)) - made_up.START)
     flops["rollout"] = ROLLOUTS * each
     flops["first_token"] = tower + score * (ratio < 1) + flops["prefill"]
     return 1e3 * flops.get(stage, 0) / speed.flops
