@@ -225,7 +225,7 @@ def _commands(args, workdir, model) -> list[Ended]:
     ("train", *train, (args.stop_after, args.signal)),
     ("resume", *train),
   ]
-  for name in args.benchmarks:
+  for name in dict.fromkeys(args.benchmarks):
     stage, asked = _EVALUATE, []
     if name != _OWN:
       stage = f"{_EVALUATE}_{name}"

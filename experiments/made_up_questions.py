@@ -1,8 +1,8 @@
 """Clips that are drawn, and questions about them in several layouts."""
 
 import json
-import os
 import pathlib
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -88,9 +88,8 @@ def write(folder) -> None:
   files.write(folder / "train.json", json.dumps(rows, indent=1) + "\n")
   files.write(folder / "questions.json", json.dumps(asked, indent=1) + "\n")
   tested = [row for row in asked if row["split"] == "test"]
-  for name, write in RELEASED.items():
-    clips = write(folder / name, tested)
-    files.make_folder(clips)
+  for name, lay_out in RELEASED.items():
+    media = lay_out(folder / name, tested)
+    files.make_folder(media)
     for row in tested:
-      (clips / row["video"]).unlink(missing_ok=True)
-      os.link(folder / row["video"], clips / row["video"])
+      shutil.copyfile(folder / row["video"], media / row["video"])

@@ -74,8 +74,10 @@ def test_tower_prefill_decode_and_policy_lower(family):
   # One query a row: products, no kernel.
   assert _text(model.decode_step, weights, lengths, following, cache)
   grid = (2, 2, 3)
-  values = _shape(model.config.vision.input_shape(grid), jnp.float32)
-  inputs = model.tower_inputs(processors.TowerInputs(values, grid))
+  values = _shape(model.config.vision.input_shape(grid), jnp.uint8)
+  table = _shape((256, 3), jnp.float32)
+  inputs = processors.TowerInputs(values, grid, table=table)
+  inputs = model.tower_inputs(inputs)
   for signals in ((), ("vision_attention", "vision_keys")):
     tower = clips.tower_program(model, signals, None)
     traced = tower.trace(weights, inputs)

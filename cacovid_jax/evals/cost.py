@@ -166,11 +166,12 @@ def prefill_bytes(
 
 def tower_bytes(config: Any, grid: Grid, dtype: Any) -> int:
   """Returns about how many bytes the tower needs beside its weights."""
-  # The pixels in float32, and of one layer what `prefill_bytes` counts.
+  # The pixels as bytes and in float32, and of one layer what `prefill_bytes`
+  # counts.
   vision = config.vision
   state = max(4 * vision.hidden_size, vision.mlp_width)
   per_patch = _row_bytes(vision.hidden_size, state, dtype)
-  pixels = 4 * math.prod(vision.input_shape(grid))
+  pixels = (1 + 4) * math.prod(vision.input_shape(grid))
   return pixels + vision.num_patches(grid) * per_patch
 
 

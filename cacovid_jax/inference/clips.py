@@ -244,7 +244,7 @@ def tower_program(model, signals, mesh, *, rows=False):
   """
 
   def encode(params, inputs):
-    video = model.encode(params, inputs.normalised(), signals=signals)
+    video = model.encode(params, inputs, signals=signals)
     # What is not returned is not run.
     if signals:
       return dict(video.signals)

@@ -31,8 +31,8 @@ _MAX_SIDE = 8192
 class TowerInputs(NamedTuple):
   """ONE clip for the tower; a pytree."""
 
-  # float32[F, S, S, C] pixels or float32[P, C*t*p*p] patches, or uint8 bytes
-  # that `table` translates.
+  # float32[F, S, S, C] pixels or float32[P, C*t*p*p] patches, or their bytes,
+  # uint8, which `VideoLLM.encode` looks up in `table`.
   values: Any
   grid: tuple[int, int, int]  # (T, H, W) of the video's tokens.
   # Seconds between temporal patches; of a model that writes the time as text,
@@ -40,15 +40,6 @@ class TowerInputs(NamedTuple):
   second_per_grid_t: float | tuple[float, ...] = 1.0
   layout: Any = None  # Of the grid, see `VideoLLM.tower_inputs`.
   table: Any = None  # float32[256, C], what the tower takes for each byte.
-
-  def normalised(self) -> "TowerInputs":
-    """Returns the clip with float32 values, in or out of a program."""
-    if self.table is None:
-      return self
-    # The values of a channel lie together.
-    count, channels = self.values.shape[-1], self.table.shape[1]
-    values = self.table[self.values, np.arange(count) * channels // count]
-    return self._replace(values=values, table=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,9 +168,16 @@ class Processor(abc.ABC):
       count = len(frames)
       frames = np.stack([self.resize_frame(frame, count) for frame in frames])
     grid = self.resized_grid(*frames.shape[:3])
-    given = self._values(frames), grid, self._seconds(fps, times)
-    inputs = TowerInputs(*given, table=self._table())
-    return inputs if as_bytes else inputs.normalised()
+    values, table = self._values(frames), self._table()
+    seconds = self._seconds(fps, times)
+    if as_bytes:
+      return TowerInputs(values, grid, seconds, table=table)
+    # Values of a channel lie together.
+    parts = values.reshape(len(values), *values.shape[1:-1], 3, -1)
+    found = np.empty(parts.shape, np.float32)
+    for channel in range(3):
+      found[..., channel, :] = table[parts[..., channel, :], channel]
+    return TowerInputs(found.reshape(values.shape), grid, seconds)
 
   def _seconds(self, fps: float | None, times):
     """Returns `second_per_grid_t`; 1.0 if not known, as in the reference."""

@@ -39,6 +39,30 @@ def check_signals(signals) -> tuple[str, ...]:
   return tuple(name for name in SIGNALS if name in signals)
 
 
+def normalised(inputs):
+  """Returns `TowerInputs` with float32 values, where they are bytes.
+
+  To the bit as `processors.Processor` does on the host; on a TPU, where looking
+  up single values is slow, up to rounding.
+  """
+  if inputs.table is None:
+    return inputs
+  # Values of a channel lie together.
+  count, channels = inputs.values.shape[-1], inputs.table.shape[1]
+  table = inputs.table[:, np.arange(count) * channels // count]
+
+  def compute(values, table):
+    return table[0] + values * ((table[-1] - table[0]) / 255.0)
+
+  def look_up(values, table):
+    return table[values, np.arange(count)]
+
+  values = jax.lax.platform_dependent(
+    inputs.values, table, tpu=compute, default=look_up
+  )
+  return inputs._replace(values=values, table=None)
+
+
 def signal_shapes(shape, head_dim):
   """Returns the shape of each signal of patches or tokens of a shape."""
   return dict(zip(SIGNALS, (shape, (*shape, head_dim)), strict=True))
@@ -140,7 +164,7 @@ class VideoLLM(abc.ABC):
 
   def encode(self, params, inputs, *, signals=()) -> VideoFeatures:
     """Returns a video of `tower_inputs` with the wanted `SIGNALS` (static)."""
-    signals = check_signals(signals)
+    signals, inputs = check_signals(signals), normalised(inputs)
     features, out = self.encode_stages(params, inputs, signals)
     of_video = (features, inputs.grid, inputs.second_per_grid_t)
     wanted = {name: out[name] for name in signals}

@@ -27,6 +27,7 @@ class Model:
     return inputs
 
   def encode(self, params, inputs, signals=()):
+    inputs = video_llm.normalised(inputs)
     colours = inputs.values.mean(axis=(1, 2)) * params["weight"]
     return video_llm.VideoFeatures(colours, inputs.grid)
 

@@ -53,6 +53,7 @@ class Model:
       self.observed.append(signals)
     else:
       self.traced += 1
+    inputs = video_llm.normalised(inputs)
     colours = inputs.values.mean(axis=(1, 2)) * self.scale * params["weight"]
     found = {
       "vision_attention": colours[:, 0] + 1,

@@ -17,7 +17,7 @@ from PIL import Image
 from cacovid_jax import errors
 from cacovid_jax.data import frames as frames_lib
 from cacovid_jax.data import video
-from cacovid_jax.models import processors, qwen2_5_vl_layout
+from cacovid_jax.models import processors, qwen2_5_vl_layout, video_llm
 from tests.data import clips
 from tests.golden import make_processors as golden
 
@@ -139,7 +139,7 @@ def test_bytes_become_the_same_pixels_in_a_program(processor):
   assert given.values.dtype == np.uint8
   plain = processor(frames, fps=2.0)
   assert plain.values.dtype == np.float32 and plain.table is None
-  found = jax.jit(lambda inputs: inputs.normalised())(given)
+  found = jax.jit(video_llm.normalised)(given)
   np.testing.assert_array_equal(found.values, plain.values)
   assert given._replace(values=0, table=0) == plain._replace(values=0, table=0)
 

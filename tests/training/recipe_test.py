@@ -138,7 +138,8 @@ def test_padded_frames_change_no_feature():
   inputs = model.processor(pixels)
   own = model.encode(params, model.tower_inputs(inputs)).features
   bucket = token_grid.GridBucket(5, 16)
-  padded = model.tower_inputs(inputs, bucket)
+  given = model.processor(pixels, as_bytes=True)  # What is padded is black.
+  padded = model.tower_inputs(given, bucket)
   assert padded.values.shape[0] == 5 and padded.grid == (3, 4, 4)
   found = model.encode(params, padded).features
   assert found.shape[0] == bucket.tokens
