@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ _CLIPS = {"train": (2, 6), "validation": (3,), "test": (1,)}
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch):
   monkeypatch.setattr(made_up_questions, "CLIPS", _CLIPS)
+  jax.devices()  # Of this process as many as ever, of its commands one.
   monkeypatch.setenv("XLA_FLAGS", tests.xla_flags())
 
 
