@@ -1,5 +1,6 @@
 """What every selection has to satisfy, and small videos to make them from."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,10 +81,8 @@ def check_batch_and_compilations(compressor, num_keep, aux_of=None, grid=GRID):
   batch = jax.tree.map(lambda *x: jnp.stack(x), *inputs)
   together = quick.jit(jax.vmap(one))(*batch)
   for i, out in enumerate(alone):
-    for name, value in out._asdict().items():
-      np.testing.assert_allclose(
-        getattr(together, name)[i], value, rtol=1e-5, atol=1e-5, err_msg=name
-      )
+    found = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+    chex.assert_trees_all_close(found, out, rtol=1e-5, atol=1e-5)
 
 
 def unit(x):
