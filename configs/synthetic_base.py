@@ -30,6 +30,9 @@ def get_config(arg=None):
     arg, debug=False, geometry="small", family="llava_onevision"
   )
   common.check_size(arg.geometry, ("small", "full"))
+  families = ("llava_onevision", "qwen3_vl")
+  # At the paper's geometry there is one.
+  common.check_size(arg.family, families[: 1 + (arg.geometry == "small")])
   config = ml_collections.ConfigDict()
   config.vocab_size = 576
   # Widths divisible by 16, so that the policy's heads can halve four times.

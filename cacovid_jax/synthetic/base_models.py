@@ -72,11 +72,6 @@ def prompts_of(family: Family, model, tokenizer, pack) -> packed.PackedPrompts:
   stage, count = pack.stage, pack.questions_per_clip
   seconds = [told for _, told in family.lengths(stage)] or [None]
   heads = packed.heads_of(model, tokenizer, stage.grid, seconds)
-  # Masked attention of an odd number of rows is slow to differentiate.
-  odd = heads.ids.shape[1] + count * pack.question_length & 1
-  if odd and len(seconds) > 1:
-    rows = heads.ids.shape[1] + 1
-    heads = packed.heads_of(model, tokenizer, stage.grid, seconds, rows)
   return packed.PackedPrompts(
     model, heads, count, pack.question_length, family.arrange(model, stage)
   )

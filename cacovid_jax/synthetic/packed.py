@@ -30,11 +30,10 @@ class Heads(NamedTuple):
   number: Any  # int32[Z], 0 to Z - 1.
 
 
-def heads_of(model, tokenizer, grid, seconds, rows=None) -> Heads:
+def heads_of(model, tokenizer, grid, seconds) -> Heads:
   """Returns the heads of a model's own prompts about a video of a grid.
 
-  One for each entry of seconds, as of `TowerInputs`; padded to the longest, or
-  to so many rows.
+  One for each entry of seconds, as of `TowerInputs`.
   """
   found = []
   for told in seconds:
@@ -43,7 +42,9 @@ def heads_of(model, tokenizer, grid, seconds, rows=None) -> Heads:
     ids = prompt.ids[: prompt.video_rows[-1] + 2]
     inputs = processors.TowerInputs(None, grid, told)
     found.append((ids, prompt.video_rows, *model.positions(ids, inputs)))
-  rows = max(len(ids) for ids, *_ in found) if rows is None else rows
+  rows = max(len(ids) for ids, *_ in found)
+  if len(found) > 1:  # cuDNN differentiates a masked map of even sides only.
+    rows += rows % 2
 
   def padded(x):
     return np.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, rows - x.shape[-1])])
@@ -57,7 +58,7 @@ def heads_of(model, tokenizer, grid, seconds, rows=None) -> Heads:
   return Heads(*(np.int32(np.stack(part)) for part in zip(*heads, strict=True)))
 
 
-class Encoded(NamedTuple):
+class TowerOutput(NamedTuple):
   """What the tower gives of B clips."""
 
   features: jax.Array  # float[B, N, D].
@@ -112,7 +113,7 @@ class PackedPrompts:
     offsets = np.tile(np.arange(self.question_length), self.num_questions)
     return _with_text(head, head.positions, offsets)
 
-  def encode(self, params, pixels) -> Encoded:
+  def encode(self, params, pixels) -> TowerOutput:
     """Returns what the tower gives of clips float32[B, F, h, w, 3]."""
 
     def one(pixels):
@@ -122,7 +123,7 @@ class PackedPrompts:
       else:
         inputs = self.arrange(pixels)
       video = self.model.encode(params, self.model.tower_inputs(inputs))
-      return Encoded(video.features, video.deep)
+      return TowerOutput(video.features, video.deep)
 
     return jax.vmap(one)(pixels)
 
@@ -132,7 +133,7 @@ class PackedPrompts:
     rows = jnp.concatenate([head.ids, ids], axis=1)
     return embed(params, rows, features, head.video_rows)
 
-  def full_logits(self, params, video: Encoded, ids, which=None):
+  def full_logits(self, params, video: TowerOutput, ids, which=None):
     """Returns float32[B, Q, A, V] of whole videos; ids int32[B, Q, A]."""
     batch, num_questions, length = ids.shape
     head = self.chosen(which, batch)
@@ -146,7 +147,7 @@ class PackedPrompts:
     return self.model.logits(params, hidden)
 
   def pruned_logits(
-    self, params, video: Encoded, ids, index, valid, merged=None, which=None
+    self, params, video: TowerOutput, ids, index, valid, merged=None, which=None
   ):
     """Answers each question from its own kept tokens, at original positions.
 
@@ -215,7 +216,7 @@ class PackedPrompts:
     rows = jnp.concatenate([parts[0], rows, parts[1]], axis=-1)
     return rows, jnp.concatenate([there[0], valid, there[1]], axis=-1)
 
-  def first_layer(self, params, video: Encoded, ids, lengths, which=None):
+  def first_layer(self, params, video: TowerOutput, ids, lengths, which=None):
     """Returns float[B, N, D]: the video as the first layer, unmasked, reads it.
 
     Beside ids int32[B, A], of which int32[B] are before the answer.

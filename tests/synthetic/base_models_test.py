@@ -51,11 +51,11 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def given(made):
-  """Returns (`Encoded` of two clips, question ids int32[2, Q, A])."""
+  """Returns (`TowerOutput` of two clips, question ids int32[2, Q, A])."""
   _, _, model, _, pack, _ = made
   rng, count = np.random.default_rng(1), pack.stage.num_tokens
   width, deep = model.config.text.hidden_size, model.num_deep
-  video = packed.Encoded(
+  video = packed.TowerOutput(
     rng.standard_normal((2, count, width), np.float32),
     rng.standard_normal((2, deep, count, width), np.float32),
   )
@@ -200,6 +200,8 @@ def test_clips_of_a_batch_differ_in_their_lengths(made):
 
 
 def test_an_unknown_family_is_named():
+  with pytest.raises(errors.UserError, match="'qwen3_vl': use llava_onevision"):
+    config_lib.load(f"{CONFIG},geometry=full")
   config = config_lib.load(CONFIG)
   config.family = "phi"
   with pytest.raises(errors.UserError, match="family=phi: use llava"):

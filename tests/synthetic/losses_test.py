@@ -86,7 +86,7 @@ def test_packed_questions_are_answered_as_separate_prompts():
   model, params = tiny()
   features, ids = inputs()
   found = jax.jit(lambda f, i: layout().full_logits(params, f, i))(
-    packed.Encoded(features), ids
+    packed.TowerOutput(features), ids
   )
   np.testing.assert_allclose(found, separate(), atol=2e-5)
 
@@ -115,7 +115,7 @@ def pruned(ids, index, valid, merged=None, features=None):
   model, params = tiny()
   features = inputs()[0] if features is None else features
   return jax.jit(functools.partial(layout().pruned_logits, params))(
-    packed.Encoded(features), ids, index, valid, merged
+    packed.TowerOutput(features), ids, index, valid, merged
   )
 
 
@@ -200,7 +200,7 @@ def test_answers_are_lost_from_merged_tokens(monkeypatch):
 
   prompts = types.SimpleNamespace(
     model=tiny()[0],
-    encode=lambda *_: packed.Encoded(features),
+    encode=lambda *_: packed.TowerOutput(features),
     full_logits=lambda *_: None,
     pruned_logits=pruned_logits,
   )
@@ -229,7 +229,7 @@ def test_the_first_layer_reads_as_a_new_policy_does():
 
   @jax.jit
   def read(ids):
-    video = packed.Encoded(features)
+    video = packed.TowerOutput(features)
     return layout().first_layer(params, video, ids, lengths)
 
   policy = network.Policy.from_llm_config(model.config.text, num_halvings=1)
