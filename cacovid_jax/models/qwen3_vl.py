@@ -56,9 +56,7 @@ class Qwen3VLConfig(qwen2_5_vl.QwenVLConfig):
       max_positions=262144, rope_theta=_THETA, rope_sections=_SECTIONS,
       tie_embeddings=small,
     )  # fmt: skip
-    return cls._of(
-      (make.small if small else make.large)(width), with_qwen3(text)
-    )
+    return cls._of((make.small if small else make.large)(width), _qwen3(text))
 
   @classmethod
   def tiny(cls):
@@ -66,7 +64,7 @@ class Qwen3VLConfig(qwen2_5_vl.QwenVLConfig):
     changes = dict(head_dim=16, rope_sections=(4, 2, 2), tie_embeddings=True)
     text = dataclasses.replace(qwen2.Qwen2Config.tiny(), **changes)
     vision = qwen3_vl_vision.VisionConfig.tiny()
-    return cls._of(vision, with_qwen3(text), (60, 61, 58, 59))
+    return cls._of(vision, _qwen3(text), (60, 61, 58, 59))
 
   @classmethod
   def from_hf(cls, config):
@@ -82,7 +80,7 @@ class Qwen3VLConfig(qwen2_5_vl.QwenVLConfig):
     vision = hf_config.section(config, "vision_config")
     found = cls(
       vision=qwen3_vl_vision.VisionConfig.from_hf(vision),
-      text=with_qwen3(text),
+      text=_qwen3(text),
       **hf_config.numbers(cls, config),
     )
     return found._checked("text_config.")
@@ -109,7 +107,7 @@ class Qwen3VLConfig(qwen2_5_vl.QwenVLConfig):
     }
 
 
-def with_qwen3(text):
+def _qwen3(text):
   """Returns a decoder's config with what is Qwen3's whatever its size."""
   changes = dict(attention_bias=False, qk_norm=True, rope_interleaved=True)
   return dataclasses.replace(text, **changes)

@@ -22,7 +22,6 @@ from cacovid_jax.models import (
   qwen2_5_vl_layout,
   qwen3_vl,
   qwen3_vl_processor,
-  qwen3_vl_vision,
   siglip,
 )
 from cacovid_jax.synthetic import (
@@ -77,12 +76,6 @@ def prompts_of(family: Family, model, tokenizer, pack) -> packed.PackedPrompts:
   )
 
 
-def _decoder(config, **more) -> qwen2.Qwen2Config:
-  return qwen2.Qwen2Config(
-    vocab_size=config.vocab_size, tie_embeddings=True, **config.text, **more
-  )
-
-
 def _computed(config):
   """Returns the options of every `VideoLLM`."""
   return jnp.dtype(config.dtype), config.attention, config.remat
@@ -91,7 +84,9 @@ def _computed(config):
 def _llava_onevision(config, tokenizer):
   shape = llava_onevision.LlavaOnevisionConfig(
     vision=siglip.SiglipConfig(**config.vision),
-    text=_decoder(config),
+    text=qwen2.Qwen2Config(
+      vocab_size=config.vocab_size, tie_embeddings=True, **config.text
+    ),
     image_token_id=tokenizer.token_id("<image>"),
     video_token_id=tokenizer.token_id("<video>"),
   )
@@ -116,16 +111,17 @@ def _write_llava_onevision(config, pack, directory):
 
 
 def _qwen3_vl(config, tokenizer):
-  sizes = dict(config.vision) | {"out_hidden_size": config.text.hidden_size}
-  sizes["deep_layers"] = tuple(sizes["deep_layers"])
-  text = _decoder(config)
-  text = dataclasses.replace(text, rope_sections=tuple(text.rope_sections))
+  shape, width = qwen3_vl.Qwen3VLConfig.tiny(), config.text.hidden_size
+  sizes = {"vision": dict(config.vision), "text": dict(config.text)}
+  sizes["vision"]["out_hidden_size"] = width
+  sizes["text"]["vocab_size"] = config.vocab_size
+  parts = {
+    name: dataclasses.replace(getattr(shape, name), **found)
+    for name, found in sizes.items()
+  }
   marks = tiny_checkpoints.QWEN_MARKS.items()
-  shape = qwen3_vl.Qwen3VLConfig(
-    vision=qwen3_vl_vision.VisionConfig(**sizes),
-    text=qwen3_vl.with_qwen3(text),
-    **{name: tokenizer.token_id(mark) for name, mark in marks},
-  )
+  ids = {name: tokenizer.token_id(mark) for name, mark in marks}
+  shape = dataclasses.replace(shape, **parts, **ids)
   return qwen3_vl.Qwen3VLModel(shape, *_computed(config))
 
 
