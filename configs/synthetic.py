@@ -14,6 +14,8 @@ python -m cacovid_jax.train --config configs/synthetic.py:size=small,seed=0 \
 python -m cacovid_jax.evaluate --config configs/synthetic.py:size=small,seed=0 \
     --workdir workdirs/small_s0
 The paper's objective, heads, ratio and importance ratio: `:size=small,paper`.
+`:size=small,family=qwen3_vl` is of the small Qwen3-VL that
+`configs/synthetic_base.py:family=qwen3_vl` trains, on the same clips.
 
 Measured on H200 (jax 0.11.2), 6 000 questions, accuracy in % at 10 and at
 5 % kept, mean and standard deviation of seeds 42, 43, 44; all rows are in
@@ -43,14 +45,22 @@ _CHOSEN = ("cacovid", "cacovid_untrained", "cacovid_other_question")
 
 def get_config(arg=None):
   arg = common.parse_arg(
-    arg, size="quickstart", debug=False, seed=42, variant="dense", paper=False
-  )
+    arg, size="quickstart", debug=False, seed=42, variant="dense", paper=False,
+    family="llava_onevision",
+  )  # fmt: skip
   common.check_size(arg.size, ("quickstart", "small"))
+  common.check_size(arg.family, ("llava_onevision", "qwen3_vl"))
   config = _quickstart(arg)
   if arg.size == "small":
     _make_small(config, arg)
   if arg.paper:
     _as_the_paper_says(config)
+  if arg.family == "qwen3_vl":
+    base = "base_qwen3_vl_debug" if arg.debug else "base_qwen3_vl"
+    config.model.path = f"workdirs/{base}/base_model"
+    config.data.num_frames = 32  # Two of a temporal patch.
+    # Told of one grid, which this model's clips need not have.
+    config.data.decisive_file = ""
   return config
 
 

@@ -11,6 +11,12 @@ See cacovid_jax/assets/base_model/README.md for what the shipped one reached.
 
 python -m cacovid_jax.pretrain --workdir workdirs/base_full \
     --config configs/synthetic_base.py:geometry=full
+
+`:family=qwen3_vl`: a small Qwen3-VL, which sees 32 frames of 224 x 224 pixels
+as 16 x 7 x 7 tokens, for `configs/synthetic.py:family=qwen3_vl`.
+
+python -m cacovid_jax.pretrain --workdir workdirs/base_qwen3_vl \
+    --config configs/synthetic_base.py:family=qwen3_vl
 """
 
 import ml_collections
@@ -20,8 +26,13 @@ from configs import common
 
 
 def get_config(arg=None):
-  arg = common.parse_arg(arg, debug=False, geometry="small")
+  arg = common.parse_arg(
+    arg, debug=False, geometry="small", family="llava_onevision"
+  )
   common.check_size(arg.geometry, ("small", "full"))
+  families = ("llava_onevision", "qwen3_vl")
+  # At the paper's geometry there is one.
+  common.check_size(arg.family, families[: 1 + (arg.geometry == "small")])
   config = ml_collections.ConfigDict()
   config.vocab_size = 576
   # Widths divisible by 16, so that the policy's heads can halve four times.
@@ -52,7 +63,20 @@ def get_config(arg=None):
   config.pretrain = _pretrain(arg.debug)
   if arg.geometry == "full":
     _make_full(config, arg.debug)
+  if arg.family != "llava_onevision":
+    config.family = arg.family
+    _make_qwen3_vl(config, arg.debug)
   return config
+
+
+def _make_qwen3_vl(config, debug):
+  """Takes Qwen3-VL's tower and decoder, as deep and as wide."""
+  config.vocab_size = 608
+  del config.vision.image_size
+  config.vision.patch_size = 16
+  config.vision.num_positions = 14 * 14
+  config.vision.deep_layers = (0,) if debug else (1, 2)
+  config.text.rope_sections = (2, 1, 1) if debug else (6, 5, 5)
 
 
 def _make_full(config, debug):

@@ -9,7 +9,13 @@ import numpy as np
 import cacovid_jax
 from cacovid_jax.models import checkpoints
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.synthetic import packing, pretraining, questions, world
+from cacovid_jax.synthetic import (
+  base_models,
+  packing,
+  pretraining,
+  questions,
+  world,
+)
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from configs import synthetic_base
 
@@ -49,7 +55,9 @@ def test_it_answers_questions_about_clips_it_never_saw():
     questions_per_clip=4,
   )
   batch = pretraining.held_out(pack, "dense", 6)
-  prompts = pretraining.prompts_of(checkpoint.model, checkpoint.tokenizer, pack)
+  family = base_models.FAMILIES["llava_onevision"]
+  made = checkpoint.model, checkpoint.tokenizer
+  prompts = base_models.prompts_of(family, *made, pack)
   mesh = mesh_lib.make_mesh(1)
   rules = pretraining.probe_rules(world.SMALL.num_tokens)
   rules = {"random": rules["random_0.10"], "decisive": rules["decisive_0.10"]}

@@ -38,18 +38,21 @@ _NOISE, _GRAIN = 4.0, 2.0
 
 
 def draw_frames(rng, batch, stage=world.SMALL):
-  """Draws a batch's sampled frames, as a codec would show them.
+  """Draws a batch's frames, as a codec would show them.
 
-  Returns float32[B, T, h, w, 3] in [-1, 1], of what `render.slots` draws.
+  Returns float32[B, F, h, w, 3] in [-1, 1], of what `render.slots` draws: the T
+  sampled frames, or those at the "times" float32[B, F] of a batch.
   """
   opacity, shade = map(jnp.asarray, render.sprite_tables())
   size = stage.image_size
   static_rng, frame_rng = jax.random.split(rng)
   shape = (len(batch["sprite"]), 1, size, size, 1)
   static = jax.random.normal(static_rng, shape) * _NOISE
-  times = jnp.arange(stage.num_frames, dtype=jnp.float32)
+  times, over = jnp.arange(stage.num_frames, dtype=jnp.float32), None
+  if "times" in batch:
+    times, over = batch["times"], 0
   background = functools.partial(render.background, size=size, xp=jnp)
-  background = jax.vmap(jax.vmap(background, (None, 0)), (0, None))
+  background = jax.vmap(jax.vmap(background, (None, 0)), (0, over))
   frames = background(batch["background"], times) + static
 
   def paint(picture, slot):
@@ -278,19 +281,19 @@ def answer_losses(
   frame_rng, subset_rng = jax.random.split(rng)
   model, weights = prompts.model, params["model"]
   pixels = draw_frames(frame_rng, batch, stage).astype(model.dtype)
-  features = prompts.encode(weights, pixels)
-  ids, target = batch["ids"], batch["target"]
+  video = prompts.encode(weights, pixels)
+  ids, target, which = batch["ids"], batch["target"], batch.get("head")
   index, valid = lossy_subsets(subset_rng, batch, config)
-  fixed = jax.lax.stop_gradient(features)
   logits = {
-    "full": prompts.full_logits(weights, features, ids),
+    "full": prompts.full_logits(weights, video, ids, which),
     "pruned": prompts.pruned_logits(
       weights,
-      fixed,
+      jax.lax.stop_gradient(video),
       ids,
       index,
       valid,
       merged_shares(subset_rng, batch, config),
+      which,
     ),
   }
   found = {name: token_loss(x, ids, target) for name, x in logits.items()}
@@ -298,11 +301,13 @@ def answer_losses(
 
   # Of a few questions: each reads all video tokens anew.
   some = config.asked_questions
+  repeated = functools.partial(jnp.repeat, repeats=some, axis=0)
   read = prompts.first_layer(
     weights,
-    jnp.repeat(features, some, axis=0),
+    jax.tree.map(repeated, video),
     ids[:, :some].reshape(-1, ids.shape[-1]),
     jnp.argmax(target[:, :some], axis=-1).reshape(-1),
+    None if which is None else repeated(which),
   )
   asked = batch["decisive"][:, :some]
   asked = asked.reshape(-1, asked.shape[-1])
@@ -313,7 +318,8 @@ def answer_losses(
 
   told = batch["told_ids"]
   count, length = told.shape
-  positions = jnp.broadcast_to(jnp.arange(length), (count, 1, length))
+  shape = count, model.num_position_rows, length
+  positions = jnp.broadcast_to(jnp.arange(length), shape)
   hidden, _ = model.forward(weights, model.embed_text(weights, told), positions)
   told_logits = model.logits(weights, hidden)
   found["told"] = token_loss(told_logits, told, batch["told_target"])
@@ -323,7 +329,7 @@ def answer_losses(
 
   table = weights["language_model"]["embed_tokens"]
   head = {"params": params["head"]}
-  labels = LabelHead().apply(head, features, table[word_ids])
-  found["size"] = size_loss(features, table)
+  labels = LabelHead().apply(head, video.features, table[word_ids])
+  found["size"] = size_loss(video.features, table)
   found["labels"] = label_loss(labels, batch["labels"], stage)
   return found, right

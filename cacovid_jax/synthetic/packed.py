@@ -1,88 +1,154 @@
-"""The small base model on questions packed behind one video.
+"""A small base model on questions packed behind one video.
 
 Axes: B clips, T frames, N video tokens, Q questions of a clip, A tokens of a
-question with its answer, K kept video tokens, L of a whole prompt, D width.
+question with its answer, K kept video tokens, L of a whole prompt, H of its
+head, R of a pruned head, P rows of positions, S feature maps, D width.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax.models import processors, qwen2, rope
+from cacovid_jax.models import processors, qwen2
 
 
-@dataclasses.dataclass(frozen=True)
+class Heads(NamedTuple):
+  """Z ways to begin a prompt, up to the questions; clips differ in their text.
+
+  The shorter ones are padded to H rows on the right.
+  """
+
+  ids: Any  # int32[Z, H], 0 below the video.
+  positions: Any  # int32[Z, P, H].
+  video_rows: Any  # int32[Z, N].
+  length: Any  # int32[Z].
+  following: Any  # int32[Z], the position behind.
+  number: Any  # int32[Z], 0 to Z - 1.
+
+
+def heads_of(model, tokenizer, grid, seconds) -> Heads:
+  """Returns the heads of a model's own prompts about a video of a grid.
+
+  One for each entry of seconds, as of `TowerInputs`.
+  """
+  found = []
+  for told in seconds:
+    prompt = model.encode_prompt(tokenizer, "", grid, told)
+    # Behind the last token: a newline, or the mark that ends a frame.
+    ids = prompt.ids[: prompt.video_rows[-1] + 2]
+    inputs = processors.TowerInputs(None, grid, told)
+    found.append((ids, prompt.video_rows, *model.positions(ids, inputs)))
+  rows = max(len(ids) for ids, *_ in found)
+  if len(found) > 1:  # cuDNN differentiates a masked map of even sides only.
+    rows += rows % 2
+
+  def padded(x):
+    return np.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, rows - x.shape[-1])])
+
+  heads = [
+    Heads(
+      padded(ids), padded(positions), video_rows, len(ids), following, number
+    )
+    for number, (ids, video_rows, positions, following) in enumerate(found)
+  ]
+  return Heads(*(np.int32(np.stack(part)) for part in zip(*heads, strict=True)))
+
+
+class TowerOutput(NamedTuple):
+  """What the tower gives of B clips."""
+
+  features: jax.Array  # float[B, N, D].
+  deep: jax.Array | None = None  # float[B, S, N, D], see `VideoFeatures.deep`.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class PackedPrompts:
-  """Static layout: prefix text, N video tokens, newline, packed questions."""
+  """Layout: a head with N video tokens, then packed questions."""
 
-  model: Any  # Of `models.llava_onevision`.
-  prefix: Sequence[int]  # Ids in front of the video.
-  num_video: int
+  model: Any  # A `models.video_llm.VideoLLM`.
+  heads: Heads
   num_questions: int
   question_length: int
+  # Of float[F, h, w, 3] frames of one clip to its `TowerInputs`.
+  arrange: Callable[[Any], Any] | None = None
 
   @property
-  def video_rows(self) -> np.ndarray:
-    return len(self.prefix) + np.arange(self.num_video, dtype=np.int32)
+  def num_video(self) -> int:
+    return self.heads.video_rows.shape[1]
 
   @property
   def text_start(self) -> int:
-    return len(self.prefix) + self.num_video + 1
+    return self.heads.ids.shape[1]
 
-  def packed_mask(self) -> jax.Array:
-    """Returns bool[L, L]: causal, and no question sees another."""
+  def chosen(self, which, batch: int) -> Heads:
+    """Returns the heads [B, ...] of clips; `which` is int[B] of Z, or None."""
+    which = jnp.zeros(batch, jnp.int32) if which is None else which
+    return jax.tree.map(lambda x: jnp.asarray(x)[which], self.heads)
+
+  def seen(self, head) -> jax.Array | None:
+    """Returns bool[B, 1, H], rows that are there; None if all always are."""
+    if (self.heads.length == self.text_start).all():
+      return None
+    return jnp.arange(self.text_start) < head.length[:, None, None]
+
+  def packed_mask(self, head) -> jax.Array:
+    """Returns bool[B or 1, L, L]: causal, and no question sees another."""
     length = self.num_questions * self.question_length
     question = 1 + np.arange(length) // self.question_length
     # A program computes it: as a constant, thousands of rows are 50 MB of it.
     segment = jnp.pad(question, (self.text_start, 0))
     causal = jnp.tril(jnp.ones((len(segment),) * 2, bool))
     same = segment[:, None] == segment[None, :]
-    return causal & (same | (segment == 0)[None, :])
+    mask = (causal & (same | (segment == 0)[None, :]))[None]
+    if (seen := self.seen(head)) is not None:
+      mask &= _beside(seen, length)
+    return mask
 
-  def packed_positions(self) -> np.ndarray:
-    """Returns int32[L]: every question starts right behind the video."""
+  def packed_positions(self, head) -> jax.Array:
+    """Returns int32[B, P, L]: every question starts right behind the head."""
     offsets = np.tile(np.arange(self.question_length), self.num_questions)
-    text = self.text_start + offsets
-    return np.concatenate([np.arange(self.text_start), text]).astype(np.int32)
+    return _with_text(head, head.positions, offsets)
 
-  def encode(self, params, pixels):
-    """Returns features float[B, N, D] of clips float32[B, T, h, w, 3]."""
+  def encode(self, params, pixels) -> TowerOutput:
+    """Returns what the tower gives of clips float32[B, F, h, w, 3]."""
 
     def one(pixels):
-      grid = self.model.grid(*pixels.shape[:3])
-      inputs = processors.TowerInputs(pixels, grid)
-      return self.model.encode(params, inputs).features
+      if self.arrange is None:
+        grid = self.model.grid(*pixels.shape[:3])
+        inputs = processors.TowerInputs(pixels, grid)
+      else:
+        inputs = self.arrange(pixels)
+      video = self.model.encode(params, self.model.tower_inputs(inputs))
+      return TowerOutput(video.features, video.deep)
 
     return jax.vmap(one)(pixels)
 
-  def _embed(self, params, features, ids):
-    """Returns float[B, L, D], text int32[B, any] behind head and video."""
-    # Ids under the video are 0.
-    head = np.array([*self.prefix, *[0] * (self.num_video + 1)], np.int32)
-    head = jnp.broadcast_to(head, (len(ids), len(head)))
-    embed = jax.vmap(self.model.embed_prompt, (None, 0, 0, None))
-    rows = jnp.concatenate([head, ids], axis=1)
-    return embed(params, rows, features, self.video_rows)
+  def _embed(self, params, features, head, ids):
+    """Returns float[B, L, D], text int32[B, any] behind the head."""
+    embed = jax.vmap(self.model.embed_prompt, (None, 0, 0, 0))
+    rows = jnp.concatenate([head.ids, ids], axis=1)
+    return embed(params, rows, features, head.video_rows)
 
-  def full_logits(self, params, features, ids):
-    """Returns float32[B, Q, A, V] of whole videos float[B, N, D]."""
+  def full_logits(self, params, video: TowerOutput, ids, which=None):
+    """Returns float32[B, Q, A, V] of whole videos; ids int32[B, Q, A]."""
     batch, num_questions, length = ids.shape
-    x = self._embed(params, features, ids.reshape(batch, -1))
-    positions = self.packed_positions()
-    positions = jnp.broadcast_to(positions, (batch, 1, x.shape[1]))
-    mask = self.packed_mask()[None]  # Shared by the batch.
+    head = self.chosen(which, batch)
+    x = self._embed(params, video.features, head, ids.reshape(batch, -1))
     hidden, _ = self.model.forward(
-      params, x, positions, mask=mask, causal=False
-    )
+      params, x, self.packed_positions(head), mask=self.packed_mask(head),
+      causal=False, **_deep(video.deep, head.video_rows),
+    )  # fmt: skip
     hidden = hidden[:, self.text_start :]
     hidden = hidden.reshape(batch, num_questions, length, -1)
     return self.model.logits(params, hidden)
 
-  def pruned_logits(self, params, features, ids, index, valid, merged=None):
+  def pruned_logits(
+    self, params, video: TowerOutput, ids, index, valid, merged=None, which=None
+  ):
     """Answers each question from its own kept tokens, at original positions.
 
     They are int32[B, Q, K], ascending where valid bool[B, Q, K] is True. By
@@ -90,58 +156,118 @@ class PackedPrompts:
     that are most alike to it.
     """
     batch, num_questions, length = ids.shape
-    start = len(self.prefix)
-    # [B, prefix + N + 1, D]
-    whole = self._embed(params, features, ids[:, 0, :0])
-    rows = jnp.pad(start + index, ((0, 0), (0, 0), (start, 1)))
-    rows = rows.at[..., :start].set(jnp.arange(start))
-    rows = rows.at[..., -1].set(start + self.num_video)
-    seen = jax.vmap(lambda w, r: w[r])(whole, rows)  # [B, Q, prefix + K + 1, D]
+    head, start = self.chosen(which, batch), self.video_start
+    rows, visible = self._pruned_rows(head, index, valid)
+    # [B, H, D]
+    whole = self._embed(params, video.features, head, ids[:, 0, :0])
+    seen = jax.vmap(lambda w, r: w[r])(whole, rows)  # [B, Q, R, D]
+    kept, deep = np.s_[:, :, start : start + index.shape[-1]], video.deep
+    if deep is not None:  # [B, Q, S, K, D]
+      deep = jnp.moveaxis(jax.vmap(lambda d, i: d[:, i])(deep, index), 1, 2)
     if merged is not None:
-      means = _cluster_means(whole[:, self.video_rows], index, valid)
-      share = merged[..., None, None].astype(means.dtype)
-      kept = np.s_[:, :, start:-1]
-      seen = seen.at[kept].set((1 - share) * seen[kept] + share * means)
+      mean = _cluster_means(video.features, index, valid)
+      share = merged[..., None, None]
+      own = jax.vmap(lambda w, r: w[r])(whole, head.video_rows)
+      seen = seen.at[kept].set(_between(seen[kept], mean(own), share))
+      if deep is not None:
+        maps = [mean(one) for one in jnp.unstack(video.deep, axis=1)]
+        deep = _between(deep, jnp.stack(maps, axis=2), share[..., None])
     x = jnp.concatenate([seen, self.model.embed_text(params, ids)], axis=2)
-    text = self.text_start + jnp.arange(length)
-    text = jnp.broadcast_to(text, (batch, num_questions, length))
-    positions = jnp.concatenate([rows, text], axis=-1)
-    total = x.shape[2]
-    around = ((0, 0), (0, 0), (start, 1 + length))
-    visible = jnp.pad(valid, around, constant_values=True)
-    causal = jnp.tril(jnp.ones((total, total), bool))
-    mask = causal & visible[..., None, :]
-    x = x.reshape(-1, total, x.shape[-1])
-    positions = positions.reshape(-1, 1, total)
-    mask = mask.reshape(-1, total, total)
-    hidden, _ = self.model.forward(
-      params, x, positions, mask=mask, causal=False
+    positions = jax.vmap(lambda p, r: jnp.moveaxis(p[:, r], 0, 1))
+    positions = positions(head.positions, rows)  # [B, Q, P, R]
+    positions = _with_text(head, positions, np.arange(length))
+    text = self.text_start + np.arange(length)
+    rows = jnp.concatenate([rows, _like(text, rows)], axis=-1)
+    visible = jnp.pad(visible, [(0, 0), (0, 0), (0, length)], constant_values=1)
+    mask = (rows[..., None] >= rows[..., None, :]) & visible[..., None, :]
+    x, positions, mask, deep = jax.tree.map(
+      lambda a: a.reshape(-1, *a.shape[2:]), (x, positions, mask, deep)
     )
-    hidden = hidden.reshape(batch, num_questions, total, -1)
+    places = jnp.broadcast_to(
+      start + jnp.arange(index.shape[-1]), (len(x), index.shape[-1])
+    )
+    hidden, _ = self.model.forward(
+      params, x, positions, mask=mask, causal=False, **_deep(deep, places)
+    )
+    hidden = hidden.reshape(batch, num_questions, *hidden.shape[1:])
     return self.model.logits(params, hidden[:, :, -length:])
 
-  def first_layer(self, params, features, ids, lengths):
+  @property
+  def video_start(self) -> int:
+    """Row of the first video token, in all heads."""
+    return int(self.heads.video_rows[0, 0])
+
+  def _pruned_rows(self, head, index, valid):
+    """Returns (rows int32[B, Q, R], visible bool[B, Q, R]) of kept heads.
+
+    Text in front of the video, the kept tokens, the text between and behind.
+    """
+    rows = jax.vmap(lambda own, index: own[index])(head.video_rows, index)
+    around = [
+      np.setdiff1d(np.arange(self.text_start), own)
+      for own in self.heads.video_rows
+    ]
+    around = jnp.asarray(np.stack(around))[head.number]  # [B, H - N]
+    around = jnp.broadcast_to(
+      around[:, None], (*rows.shape[:2], around.shape[-1])
+    )
+    parts = jnp.split(around, [self.video_start], axis=-1)
+    there = [part < head.length[:, None, None] for part in parts]
+    rows = jnp.concatenate([parts[0], rows, parts[1]], axis=-1)
+    return rows, jnp.concatenate([there[0], valid, there[1]], axis=-1)
+
+  def first_layer(self, params, video: TowerOutput, ids, lengths, which=None):
     """Returns float[B, N, D]: the video as the first layer, unmasked, reads it.
 
     Beside ids int32[B, A], of which int32[B] are before the answer.
     """
-    x = self._embed(params, features, ids)
+    head = self.chosen(which, len(ids))
+    x = self._embed(params, video.features, head, ids)
     text = self.model.config.text
     layer = qwen2.DecoderLayer(text, self.model.dtype, self.model.backend)
-    positions = jnp.arange(x.shape[1])[None]
-    cos, sin = rope.angles(
-      positions[:, None], text.head_dim, text.rope_theta, text.rope_sections
-    )
+    offsets = np.arange(ids.shape[1])
+    cos, sin = qwen2.angles(text, _with_text(head, head.positions, offsets))
     first = jax.tree.map(lambda p: p[0], params["language_model"]["layers"])
-    seen = {"causal": False, "lengths": self.text_start + lengths}
-    h, _ = layer.apply({"params": first}, x, cos, sin, **seen)
-    return h[:, self.video_rows]
+    options = {"causal": False, "lengths": self.text_start + lengths}
+    if (seen := self.seen(head)) is not None:
+      mask = _beside(seen, ids.shape[1])
+      options["mask"] = jnp.broadcast_to(mask, (*x.shape[:2], x.shape[1]))
+    h, _ = layer.apply({"params": first}, x, cos, sin, **options)
+    return jax.vmap(lambda h, rows: h[rows])(h, head.video_rows)
+
+
+def _like(row, rows):
+  return jnp.broadcast_to(row, (*rows.shape[:-1], len(row)))
+
+
+def _beside(seen, count: int):
+  """Returns bool[B, 1, H + count], True behind the head."""
+  return jnp.pad(seen, [(0, 0), (0, 0), (0, count)], constant_values=True)
+
+
+def _with_text(head, positions, offsets):
+  """Returns int32[B, ..., P, R + A]: text goes on behind the head."""
+  text = head.following[:, None] + offsets
+  text = text.reshape(len(text), *[1] * (positions.ndim - 2), -1)
+  text = jnp.broadcast_to(text, (*positions.shape[:-1], len(offsets)))
+  return jnp.concatenate([positions, text], axis=-1)
+
+
+def _deep(deep, video_rows):
+  """Returns the options of `forward` that add feature maps."""
+  return {} if deep is None else {"deep": deep, "video_rows": video_rows}
+
+
+def _between(own, mean, share):
+  share = share.astype(mean.dtype)
+  return (1 - share) * own + share * mean
 
 
 def _cluster_means(features, index, valid):
-  """Returns float[B, Q, K, D], the mean of the tokens next to each kept one.
+  """Returns f(map float[B, N, D]) -> float[B, Q, K, D], means of clusters.
 
-  Of features float[B, N, D], each goes to the kept one of largest cosine.
+  Of the tokens next to each kept one: by features float[B, N, D], each token
+  goes to the kept one of largest cosine.
   """
   size = jnp.linalg.norm(features, axis=-1, keepdims=True)
   unit = features / (size + 1e-6)
@@ -149,6 +275,5 @@ def _cluster_means(features, index, valid):
   alike = jnp.einsum("bqkd,bnd->bqkn", kept, unit)
   alike = jnp.where(valid[..., None], alike, -jnp.inf)
   nearest = jax.nn.one_hot(alike.argmax(2), index.shape[-1], dtype=unit.dtype)
-  count = nearest.sum(2)[..., None]
-  total = jnp.einsum("bqnk,bnd->bqkd", nearest, features)
-  return total / jnp.maximum(count, 1)
+  count = jnp.maximum(nearest.sum(2)[..., None], 1)
+  return lambda x: jnp.einsum("bqnk,bnd->bqkd", nearest, x) / count

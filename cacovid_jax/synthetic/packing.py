@@ -48,6 +48,10 @@ class PackingConfig:
   text_answer_share: tuple[float, float] = (0.5, 0.2)
   ramp_steps: int = 1000  # In which the number of objects grows to its range.
   num_steps: int = 10_000  # Of the whole training.
+  separator: str = "\n"  # Between the video and a question.
+  # Times of the frames that clips of some lengths show, in sampled frames; one
+  # of them is drawn for each clip. Without any, each sampled frame is shown.
+  times: tuple[tuple[float, ...], ...] = ()
 
   def __post_init__(self):
     known = ", ".join(world.VARIANTS)
@@ -137,14 +141,14 @@ class Packer:
   def _encode(self, text: str) -> list[int]:
     return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-  def _question(self, rng, question, text_share, length, prefix=""):
+  def _question(self, rng, question, text_share, length, prefix):
     """Returns (ids i32[length], target bool[length], whether in words)."""
     in_words = rng.random() < text_share
     if in_words:
       problem_type, answers = rows.FREE_FORM, question.options
     else:
       problem_type, answers = rows.MULTIPLE_CHOICE, questions.LETTERS
-    prompt = f"{prefix}\n{prompt_text(question, problem_type)}"
+    prompt = f"{prefix}{prompt_text(question, problem_type)}"
     head = self._encode(prompt + _TURN_END)
     tail = self._encode(answers[question.answer] + "<|im_end|>")
     total = len(head) + len(tail)
@@ -184,12 +188,16 @@ class Packer:
     )
     for i, question in enumerate(found):
       ids[i], target[i], in_words[i] = self._question(
-        rng, question, text_share, length
+        rng, question, text_share, length, self.config.separator
       )
       tokens = question.tokens(scene)[: self.config.max_decisive]
       decisive[i, : len(tokens)] = tokens
       kind[i] = questions.KINDS.index(question.kind)
-    times = map(float, range(scene.stage.num_frames))
+    times, head = map(float, range(scene.stage.num_frames)), {}
+    if known := self.config.times:
+      number = int(rng.integers(len(known)))
+      times = known[number]
+      head = {"head": np.int32(number), "times": np.float32(times)}
     drawn = [render.slots(scene, time) for time in times]
     sprite, corner, color = map(np.stack, zip(*drawn, strict=True))
     owners = world.token_owners(scene).reshape(-1)
@@ -199,7 +207,7 @@ class Packer:
     shown = {"sprite": sprite, "corner": corner, "color": np.uint8(color)}
     shown |= {"background": scene.background, "labels": np.int8(labels)}
     asked = {"ids": ids, "target": target, "decisive": decisive, "kind": kind}
-    return shown | asked | {"in_words": in_words}
+    return shown | asked | {"in_words": in_words} | head
 
   def batch(self, step: int):
     """Returns a dict of arrays with a leading batch axis."""
@@ -219,7 +227,7 @@ class Packer:
     shares, length = config.kind_shares, config.text_only_length
     while len(told) < config.text_only:
       scene = world.sample_scene(rng, world.VARIANTS[config.variants[1]])
-      prefix = PREFIX + describe(scene)
+      prefix = f"{PREFIX}{describe(scene)}\n"
       # Several of a scene: drawing one takes longer than asking about it.
       for question in questions.sample_questions(rng, scene, 4, shares):
         told.append(self._question(rng, question, text_share, length, prefix))

@@ -4,6 +4,7 @@ Axes: B clips, T frames, N video tokens, Q questions of a clip, M decisive
 tokens of a question, K kept video tokens, D width.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -21,27 +22,11 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import metrics as metrics_lib
 from cacovid_jax import progress as progress_lib
 from cacovid_jax.data import tokenizer as tokenizer_lib
-from cacovid_jax.models import checkpoints, llava_onevision, qwen2, siglip
+from cacovid_jax.models import checkpoints
 from cacovid_jax.parallel import mesh as mesh_lib
+from cacovid_jax.synthetic import base_models, packing, questions, world
 from cacovid_jax.synthetic import losses as losses_lib
-from cacovid_jax.synthetic import packed, packing, questions, world
-from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from cacovid_jax.training import checkpointing, preemption
-
-
-def model_of(config, tokenizer):
-  """Returns the model that a config describes, with the tokenizer's ids."""
-  shape = llava_onevision.LlavaOnevisionConfig(
-    vision=siglip.SiglipConfig(**config.vision),
-    text=qwen2.Qwen2Config(
-      vocab_size=config.vocab_size, tie_embeddings=True, **config.text
-    ),
-    image_token_id=tokenizer.token_id("<image>"),
-    video_token_id=tokenizer.token_id("<video>"),
-  )
-  return llava_onevision.LlavaOnevisionModel(
-    shape, jnp.dtype(config.dtype), config.attention, config.remat
-  )
 
 
 def pretrain(config, workdir):
@@ -58,24 +43,12 @@ def pretrain(config, workdir):
 def _pretrain(config, workdir):
   config_lib.claim_workdir(workdir, config)
   directory = workdir / "base_model"
-  pack = packing_of(config.pretrain, directory)
+  family = base_models.of(config)
+  pack = packing_of(config.pretrain, directory, family)
   stage = pack.stage
-  errors.check(
-    config.vision.image_size == stage.image_size,
-    f"config.vision.image_size {config.vision.image_size}: clips of"
-    f" {', '.join(pack.variants)} are of {stage.image_size} pixels",
-  )
-  tokenizer_training.train(
-    packing.corpus(variants=pack.variants),
-    config.vocab_size,
-    directory,
-    image_size=config.vision.image_size,
-    patch_size=config.vision.patch_size,
-    max_length=config.text.max_positions,
-    num_frames=stage.num_frames,
-  )
+  family.write_files(config, pack, directory)
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
-  model = model_of(config, tokenizer)
+  model = base_models.model_of(config, tokenizer)
   ends = [tokenizer.token_id(end) for end in ("<|im_end|>", "<|endoftext|>")]
   # Safetensors of half precision keep the shipped directory small; bfloat16
   # because float16 would round small weights to zero.
@@ -87,7 +60,8 @@ def _pretrain(config, workdir):
   num_steps = config.pretrain.num_steps
   progress = progress_lib.Progress(num_steps, start=start)
   with writer, progress, preemption.watched() as reached:
-    trained = train(model, tokenizer, config.pretrain, state, start)
+    prompts = base_models.prompts_of(family, model, tokenizer, pack)
+    trained = train(prompts, tokenizer, pack, config.pretrain, state, start)
     for step, state, metrics, rows in trained:
       if metrics:
         writer.write_scalars(step, metrics)
@@ -160,22 +134,17 @@ def make_tx(config):
   return optax.chain(optax.clip_by_global_norm(1.0), muon), schedule
 
 
-def packing_of(config, directory) -> packing.PackingConfig:
+def packing_of(
+  config, directory, family=base_models.FAMILIES["llava_onevision"]
+) -> packing.PackingConfig:
   """Returns what batches of a pretraining section are like."""
   path = os.path.join(directory, "tokenizer.json")
   given = {"seed": config.seed, "num_steps": config.num_steps, **config.packing}
-  return packing.PackingConfig(tokenizer_file=path, **given)
-
-
-def prompts_of(model, tokenizer, pack) -> packed.PackedPrompts:
-  """Returns what reads the batches of a `PackingConfig`."""
-  return packed.PackedPrompts(
-    model,
-    tokenizer.encode(packing.PREFIX),
-    pack.stage.num_tokens,
-    pack.questions_per_clip,
-    pack.question_length,
+  pack = packing.PackingConfig(
+    tokenizer_file=path, separator=family.separator, **given
   )
+  times = tuple(times for times, _ in family.lengths(pack.stage))
+  return dataclasses.replace(pack, times=times)
 
 
 def init_params(rng, model, stage=world.SMALL):
@@ -244,15 +213,17 @@ def make_probe(prompts, rules, mesh, stage=world.SMALL):
     rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
     frame_rng, rule_rng = jax.random.split(rng)
     pixels = losses_lib.draw_frames(frame_rng, batch, stage)
-    features = prompts.encode(params, pixels.astype(prompts.model.dtype))
-    ids, target = batch["ids"], batch["target"]
-    logits = prompts.full_logits(params, features, ids)
+    video = prompts.encode(params, pixels.astype(prompts.model.dtype))
+    ids, target, which = batch["ids"], batch["target"], batch.get("head")
+    logits = prompts.full_logits(params, video, ids, which)
     hits = {"vanilla": losses_lib.hits(logits, ids, target)}
     rngs = jax.random.split(rule_rng, ids.shape[:2])
     for name, rule in rules.items():
       index = jax.vmap(jax.vmap(rule))(rngs, batch["decisive"])
       valid = jnp.ones(index.shape, bool)
-      logits = prompts.pruned_logits(params, features, ids, index, valid)
+      logits = prompts.pruned_logits(
+        params, video, ids, index, valid, which=which
+      )
       hits[name] = losses_lib.hits(logits, ids, target)
     return hits
 
@@ -304,8 +275,10 @@ def held_out(config: packing.PackingConfig, variant: str, num_clips: int):
   return packing.stacked(clips)
 
 
-def train(model, tokenizer, config, state, start=0):
+def train(prompts, tokenizer, pack, config, state, start=0):
   """Pretrains from an `init_state`, or a later one, of which `start` are done.
+
+  `prompts` are `packed.PackedPrompts`, which read the batches of `pack`.
 
   Yields (step, state, {name: value}, {variant: {rule: accuracy}}): values every
   config.log_every steps and accuracies every config.probe_every, both at the
@@ -314,10 +287,8 @@ def train(model, tokenizer, config, state, start=0):
   Raises:
     UserError: the loss is not finite.
   """
-  pack = packing_of(config, tokenizer.name)
   stage = pack.stage
   word_ids = losses_lib.word_ids(tokenizer, stage)
-  prompts = prompts_of(model, tokenizer, pack)
   mesh = mesh_lib.make_mesh()
   shared = {"batch_size": pack.batch_size, "text_only": pack.text_only}
   for name, size in (shared | {"probe_clips": config.probe_clips}).items():

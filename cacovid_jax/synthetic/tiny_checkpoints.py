@@ -209,13 +209,35 @@ _RELEASED = {
 }
 
 
-def _qwen(directory, config, described):
-  """Writes a tokenizer, its template and {name: JSON}.
+# Of the config, and their tokens.
+QWEN_MARKS = {
+  "image_token_id": "<|image_pad|>",
+  "video_token_id": "<|video_pad|>",
+  "vision_start_token_id": "<|vision_start|>",
+  "vision_end_token_id": "<|vision_end|>",
+}
 
-  Returns the config with the tokenizer's ids.
-  """
-  tokenizer = tokenizer_training.learn(_TEXTS, _VOCABULARY, _QWEN_TOKENS)
-  tokenizer.save(os.path.join(directory, "tokenizer.json"))
+
+def write_qwen3_vl(directory, processor, texts, vocabulary: int) -> None:
+  """Writes a tokenizer of texts and the files of a `Qwen3VLProcessor`."""
+  files.make_folder(directory)
+  path = os.path.join(directory, "config.json")
+  if not os.path.exists(path):  # Tells the tokenizer how prompts hold a clip.
+    files.write_json(path, {"model_type": "qwen3_vl"})
+  _write_qwen(directory, _qwen3_vl(processor), texts, vocabulary)
+
+
+def _qwen(directory, config, described):
+  """Writes all files; returns the config with the tokenizer's ids."""
+  tokenizer = _write_qwen(directory, described, _TEXTS, _VOCABULARY)
+  return _with_ids(config, tokenizer, **QWEN_MARKS)
+
+
+def _write_qwen(directory, described, texts, vocabulary):
+  """Writes a tokenizer, its template and {name: JSON}; returns the first."""
+  tokenizer = tokenizer_training.learn(texts, vocabulary, _QWEN_TOKENS)
+  path = os.path.join(directory, "tokenizer.json")
+  files.write(path, tokenizer.to_str(pretty=True))
   described = described | {
     "tokenizer_config.json": {
       "tokenizer_class": "PreTrainedTokenizerFast",
@@ -228,14 +250,7 @@ def _qwen(directory, config, described):
   }
   for name, entry in described.items():
     files.write_json(os.path.join(directory, name), entry)
-  return _with_ids(
-    config,
-    tokenizer,
-    image_token_id="<|image_pad|>",
-    video_token_id="<|video_pad|>",
-    vision_start_token_id="<|vision_start|>",
-    vision_end_token_id="<|vision_end|>",
-  )
+  return tokenizer
 
 
 def _with_ids(config, tokenizer, **tokens: str):

@@ -20,6 +20,7 @@ from cacovid_jax.data import tokenizer as tokenizer_lib
 from cacovid_jax.models import checkpoints, llava_onevision
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.synthetic import (
+  base_models,
   build,
   losses,
   packing,
@@ -500,7 +501,7 @@ def test_the_losses_fit_together_at_real_size(tokenizer_file):
   config = config_lib.load("configs/synthetic_base.py:geometry=full", changes)
   folder, stage = pathlib.Path(tokenizer_file).parent, world.FULL
   tokenizer = tokenizer_lib.Tokenizer.from_directory(folder)
-  model = pretraining.model_of(config, tokenizer)
+  model = base_models.model_of(config, tokenizer)
   pack = pretraining.packing_of(config.pretrain, folder)
   assert pack.stage == stage
   params = jax.eval_shape(
@@ -509,10 +510,12 @@ def test_the_losses_fit_together_at_real_size(tokenizer_file):
   sizes = [leaf.size for leaf in jax.tree.leaves(params["model"])]
   assert 2 * sum(sizes) < 8e6  # Bytes of bfloat16.
   assert tuple(model.grid(32, 224, 224)) == (32, 14, 14)
-  prompts = pretraining.prompts_of(model, tokenizer, pack)
+  family = base_models.of(config)
+  prompts = base_models.prompts_of(family, model, tokenizer, pack)
   # cuDNN differentiates a masked attention of an even number of rows only.
   around = prompts.text_start - stage.num_tokens + pack.question_length
-  assert len(prompts.packed_positions()) % 2 == 0
+  asked = pack.questions_per_clip * pack.question_length
+  assert (prompts.text_start + asked) % 2 == 0
   assert (config.pretrain.num_keep + around) % 2 == 0
   batch = packing.Packer(pack).batch(0)
   found, right = jax.eval_shape(

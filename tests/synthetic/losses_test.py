@@ -37,8 +37,22 @@ def inputs(seed=0, batch=2):
   return features, ids
 
 
+def head(prefix, num_video):
+  """Returns the one head: prefix, video, newline."""
+  length = len(prefix) + num_video + 1
+  ids = np.zeros(length, np.int32)
+  ids[: len(prefix)] = prefix
+  rows = len(prefix) + np.arange(num_video)
+  parts = ids, np.arange(length)[None], rows, length, length, 0
+  return packed.Heads(*(np.int32(part)[None] for part in parts))
+
+
 def layout():
-  return packed.PackedPrompts(tiny()[0], PREFIX, NUM_VIDEO, QUESTIONS, LENGTH)
+  heads = head(PREFIX, NUM_VIDEO)
+  return packed.PackedPrompts(tiny()[0], heads, QUESTIONS, LENGTH)
+
+
+VIDEO_ROWS = len(PREFIX) + np.arange(NUM_VIDEO)
 
 
 def whole_prompt(ids):
@@ -55,7 +69,7 @@ def separate():
 
   @jax.jit
   def logits(ids, features):
-    x = model.embed_prompt(params, ids, features, layout().video_rows)[None]
+    x = model.embed_prompt(params, ids, features, VIDEO_ROWS)[None]
     positions = jnp.arange(x.shape[1])[None, None]
     hidden, _ = model.forward(params, x, positions)
     return model.logits(params, hidden[0, -LENGTH:])
@@ -71,14 +85,16 @@ def separate():
 def test_packed_questions_are_answered_as_separate_prompts():
   model, params = tiny()
   features, ids = inputs()
-  packed = jax.jit(lambda f, i: layout().full_logits(params, f, i))(
-    features, ids
+  found = jax.jit(lambda f, i: layout().full_logits(params, f, i))(
+    packed.TowerOutput(features), ids
   )
-  np.testing.assert_allclose(packed, separate(), atol=2e-5)
+  np.testing.assert_allclose(found, separate(), atol=2e-5)
 
 
 def test_the_packed_mask_by_hand():
-  mask = packed.PackedPrompts(None, (1,), 1, 2, 2).packed_mask()
+  prompts = packed.PackedPrompts(None, head((1,), 1), 2, 2)
+  chosen = prompts.chosen(None, 1)
+  (mask,) = prompts.packed_mask(chosen)
   # Prefix, video token, newline; two questions of two tokens each.
   expected = """
     1......
@@ -91,15 +107,15 @@ def test_the_packed_mask_by_hand():
   """.split()
   found = ["".join("1" if seen else "." for seen in row) for row in mask]
   assert found == expected
-  positions = packed.PackedPrompts(None, (1,), 1, 2, 2).packed_positions()
-  assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
+  positions = prompts.packed_positions(chosen)
+  assert positions.tolist() == [[[0, 1, 2, 3, 4, 3, 4]]]
 
 
 def pruned(ids, index, valid, merged=None, features=None):
   model, params = tiny()
   features = inputs()[0] if features is None else features
   return jax.jit(functools.partial(layout().pruned_logits, params))(
-    features, ids, index, valid, merged
+    packed.TowerOutput(features), ids, index, valid, merged
   )
 
 
@@ -124,11 +140,11 @@ def test_pruned_questions_are_answered_as_by_the_pruning_of_rollouts():
 
   @jax.jit
   def expected(ids, features, index, count):
-    x = model.embed_prompt(params, ids, features, layout().video_rows)
+    x = model.embed_prompt(params, ids, features, VIDEO_ROWS)
     rows, new_length, _ = prompt_batch.kept_rows(
       index,
       count,
-      video_rows=layout().video_rows,
+      video_rows=VIDEO_ROWS,
       length=length,
       num_rows=length,
     )
@@ -184,7 +200,7 @@ def test_answers_are_lost_from_merged_tokens(monkeypatch):
 
   prompts = types.SimpleNamespace(
     model=tiny()[0],
-    encode=lambda *_: features,
+    encode=lambda *_: packed.TowerOutput(features),
     full_logits=lambda *_: None,
     pruned_logits=pruned_logits,
   )
@@ -201,7 +217,7 @@ def test_answers_are_lost_from_merged_tokens(monkeypatch):
       config=config,
       word_ids=None,
     )
-  *_, index, valid, merged = given
+  *_, index, valid, merged, _ = given
   assert (index, valid, merged.shape) == ("index", "valid", (2, QUESTIONS))
   assert (merged > 0).all()
 
@@ -213,14 +229,15 @@ def test_the_first_layer_reads_as_a_new_policy_does():
 
   @jax.jit
   def read(ids):
-    return layout().first_layer(params, features, ids, lengths)
+    video = packed.TowerOutput(features)
+    return layout().first_layer(params, video, ids, lengths)
 
   policy = network.Policy.from_llm_config(model.config.text, num_halvings=1)
   layer = policy.init_from_llm(jax.random.key(0), params)
 
   @jax.jit
   def encoded(ids, features, length):
-    x = model.embed_prompt(params, ids, features, layout().video_rows)
+    x = model.embed_prompt(params, ids, features, VIDEO_ROWS)
     positions = jnp.arange(len(x))[None]
     total = layout().text_start + length
     h = policy.apply({"params": layer}, x, positions, total, method="_encode")
