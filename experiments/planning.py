@@ -34,10 +34,10 @@ COMMAND = command.Command(
   {
     "seconds_per_video": command.Flag(
       f"Measured on one {MEASURED}, with the tower and without decoding clips.",
-      default=0.952, least=0,
+      default=0.814, least=0,
     ),
     "tower_seconds": command.Flag(
-      "Of them, what encoding a clip takes.", default=0.0514, least=0
+      "Of them, what encoding a clip takes.", default=0.0447, least=0
     ),
     "efficiency": command.Flag(
       "Of several accelerators beside one.", default=0.975, least=0
