@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from cacovid_jax import files
+from cacovid_jax.data import wording
 from experiments import made_up
 
 # Seconds of the clips of each split of the questions.
@@ -23,7 +24,7 @@ def _videomme(folder, asked):
       "videoID": pathlib.Path(row["video"]).stem,
       "duration": "short",
       "question": row["question"],
-      "options": [f"{x}. {y}." for x, y in zip("ABCD", _COLOURS, strict=True)],
+      "options": [f"{one}." for one in wording.letter_options(_COLOURS)],
       "answer": row["answer"],
     }
     for row in asked
@@ -77,9 +78,7 @@ def write(folder) -> None:
             "problem": text,
             "data_type": "video",
             "problem_type": "multiple choice",
-            "options": [
-              f"{x}. {y}" for x, y in zip("ABCD", _COLOURS, strict=True)
-            ],
+            "options": wording.letter_options(_COLOURS),
             "solution": f"<answer>{letter}</answer>",
             "path": f"./{name}",
             "data_source": "made",

@@ -13,6 +13,7 @@ from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.evals import estimate
 from cacovid_jax.inference import answerer
 from cacovid_jax.models import video_llm
+from cacovid_jax.policy import sampling
 from cacovid_jax.training import programs as training_programs
 from cacovid_jax.training import run as run_lib
 from experiments import made_up
@@ -73,7 +74,7 @@ def ratio_of(grid) -> float:
 
 def num_kept(grid, ratio: float) -> int:
   """Returns K, the tokens of a video that a training keeps at a ratio."""
-  return round(ratio * math.prod(grid[1:])) * grid[0]
+  return sampling.tokens_per_frame(grid, ratio) * grid[0]
 
 
 def rollout_tokens(grid) -> np.ndarray:

@@ -16,7 +16,6 @@ from cacovid_jax.synthetic import (
   questions,
   world,
 )
-from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from configs import synthetic_base
 
 _BASE = pathlib.Path(cacovid_jax.__file__).parent / "assets" / "base_model"
@@ -24,15 +23,8 @@ _BASE = pathlib.Path(cacovid_jax.__file__).parent / "assets" / "base_model"
 
 def test_its_tokenizer_is_the_one_that_pretraining_makes(tmp_path):
   config = synthetic_base.get_config()
-  tokenizer_training.train(
-    packing.corpus(),
-    config.vocab_size,
-    tmp_path,
-    image_size=config.vision.image_size,
-    patch_size=config.vision.patch_size,
-    max_length=config.text.max_positions,
-    num_frames=world.SMALL.num_frames,
-  )
+  pack = pretraining.packing_of(config, tmp_path)
+  base_models.of(config).write_files(config, pack, tmp_path)
   names = sorted(path.name for path in tmp_path.iterdir())
   assert "tokenizer.json" in names
   for name in names:

@@ -195,6 +195,11 @@ def plan(grid, ratio, config=None, shape=None):
   )
 
 
+def tokens_per_frame(grid, ratio) -> int:
+  """Returns how many tokens of a frame of a (T, H, W) are kept, perhaps 0."""
+  return round(ratio * grid[1] * grid[2])
+
+
 def _exact_shape(grid, ratio, config):
   """Returns the PlanShape that a (T, H, W) needs at a ratio."""
   num_frames, height, width = grid
@@ -202,24 +207,24 @@ def _exact_shape(grid, ratio, config):
     raise errors.UserError(f"sampling.ratio={ratio} is outside (0, 1]")
   _check_config(config)
   area = height * width
-  tokens_per_frame = round(ratio * height * width)
-  if tokens_per_frame < 1:
+  kept = tokens_per_frame(grid, ratio)
+  if kept < 1:
     raise errors.UserError(
       f"sampling.ratio={ratio} keeps no token of a {height} x {width} grid; "
       f"the smallest ratio that this grid allows is {smallest_ratio(grid)}"
     )
   num_groups = max(int(1 / ratio / config.group_size), 1)
-  num_groups = min(num_groups, area // tokens_per_frame)
+  num_groups = min(num_groups, area // kept)
   # T * k tokens fill at least ceil(T * k / (H * W)) frames.
-  least = -(-num_frames * tokens_per_frame // area)
+  least = -(-num_frames * kept // area)
   frames_drawn = max(math.ceil(config.frame_ratio * num_frames), least)
   return PlanShape(
-    tokens_per_frame=tokens_per_frame,
+    tokens_per_frame=kept,
     num_groups=num_groups,
     group_tokens=-(-area // num_groups),
     frames_drawn=frames_drawn,
     frame_rows=frames_drawn * area,
-    num_keep=tokens_per_frame * num_frames,
+    num_keep=kept * num_frames,
   )
 
 
@@ -231,12 +236,11 @@ def allowed_ratios(grid, ratios):
   """
   if not ratios:
     raise errors.UserError("sampling.ratios is empty: name at least one ratio")
-  _, height, width = grid
-  kept = {ratio: round(ratio * height * width) for ratio in sorted(ratios)}
+  kept = {ratio: tokens_per_frame(grid, ratio) for ratio in sorted(ratios)}
   fits = [ratio for ratio in kept if kept[ratio] >= 1]
   raised = smallest_ratio(grid)
   if len(fits) < len(kept) and (
-    not fits or round(raised * height * width) < kept[fits[0]]
+    not fits or tokens_per_frame(grid, raised) < kept[fits[0]]
   ):
     fits.insert(0, raised)
   return tuple(fits)

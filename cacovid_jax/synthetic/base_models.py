@@ -170,7 +170,7 @@ FAMILIES = {
   "llava_onevision": Family(
     _write_llava_onevision,
     _llava_onevision,
-    lambda model, stage: None,
+    lambda model, stage: lambda x: processors.TowerInputs(x, stage.grid),
     lambda stage: (),
     separator="\n",
   ),

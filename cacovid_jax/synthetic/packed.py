@@ -27,7 +27,7 @@ class Heads(NamedTuple):
   video_rows: Any  # int32[Z, N].
   length: Any  # int32[Z].
   following: Any  # int32[Z], the position behind.
-  number: Any  # int32[Z], 0 to Z - 1.
+  text_rows: Any  # int32[Z, H - N], all others, padding among them.
 
 
 def heads_of(model, tokenizer, grid, seconds) -> Heads:
@@ -51,10 +51,11 @@ def heads_of(model, tokenizer, grid, seconds) -> Heads:
 
   heads = [
     Heads(
-      padded(ids), padded(positions), video_rows, len(ids), following, number
+      padded(ids), padded(positions), video_rows, len(ids), following,
+      np.setdiff1d(np.arange(rows), video_rows),
     )
-    for number, (ids, video_rows, positions, following) in enumerate(found)
-  ]
+    for ids, video_rows, positions, following in found
+  ]  # fmt: skip
   return Heads(*(np.int32(np.stack(part)) for part in zip(*heads, strict=True)))
 
 
@@ -74,7 +75,7 @@ class PackedPrompts:
   num_questions: int
   question_length: int
   # Of float[F, h, w, 3] frames of one clip to its `TowerInputs`.
-  arrange: Callable[[Any], Any] | None = None
+  arrange: Callable[[Any], Any]
 
   @property
   def num_video(self) -> int:
@@ -117,12 +118,8 @@ class PackedPrompts:
     """Returns what the tower gives of clips float32[B, F, h, w, 3]."""
 
     def one(pixels):
-      if self.arrange is None:
-        grid = self.model.grid(*pixels.shape[:3])
-        inputs = processors.TowerInputs(pixels, grid)
-      else:
-        inputs = self.arrange(pixels)
-      video = self.model.encode(params, self.model.tower_inputs(inputs))
+      inputs = self.model.tower_inputs(self.arrange(pixels))
+      video = self.model.encode(params, inputs)
       return TowerOutput(video.features, video.deep)
 
     return jax.vmap(one)(pixels)
@@ -203,14 +200,8 @@ class PackedPrompts:
     Text in front of the video, the kept tokens, the text between and behind.
     """
     rows = jax.vmap(lambda own, index: own[index])(head.video_rows, index)
-    around = [
-      np.setdiff1d(np.arange(self.text_start), own)
-      for own in self.heads.video_rows
-    ]
-    around = jnp.asarray(np.stack(around))[head.number]  # [B, H - N]
-    around = jnp.broadcast_to(
-      around[:, None], (*rows.shape[:2], around.shape[-1])
-    )
+    around = head.text_rows[:, None]
+    around = jnp.broadcast_to(around, (*rows.shape[:2], around.shape[-1]))
     parts = jnp.split(around, [self.video_start], axis=-1)
     there = [part < head.length[:, None, None] for part in parts]
     rows = jnp.concatenate([parts[0], rows, parts[1]], axis=-1)

@@ -44,7 +44,7 @@ def _pretrain(config, workdir):
   config_lib.claim_workdir(workdir, config)
   directory = workdir / "base_model"
   family = base_models.of(config)
-  pack = packing_of(config.pretrain, directory, family)
+  pack = packing_of(config, directory)
   stage = pack.stage
   family.write_files(config, pack, directory)
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
@@ -134,12 +134,11 @@ def make_tx(config):
   return optax.chain(optax.clip_by_global_norm(1.0), muon), schedule
 
 
-def packing_of(
-  config, directory, family=base_models.FAMILIES["llava_onevision"]
-) -> packing.PackingConfig:
-  """Returns what batches of a pretraining section are like."""
+def packing_of(config, directory) -> packing.PackingConfig:
+  """Returns what batches of a pretraining config are like."""
+  family, own = base_models.of(config), config.pretrain
   path = os.path.join(directory, "tokenizer.json")
-  given = {"seed": config.seed, "num_steps": config.num_steps, **config.packing}
+  given = {"seed": own.seed, "num_steps": own.num_steps, **own.packing}
   pack = packing.PackingConfig(
     tokenizer_file=path, separator=family.separator, **given
   )

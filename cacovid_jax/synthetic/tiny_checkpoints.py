@@ -138,17 +138,21 @@ def _write_files(directory, config, processor):
   if os.listdir(directory):
     # They might be weights that took hours to download.
     raise errors.UserError(f"{directory} is not empty; name another folder")
-  # Tells the tokenizer how prompts hold a clip.
   family = config.to_hf()["model_type"]
-  files.write_json(
-    os.path.join(directory, "config.json"), {"model_type": family}
-  )
+  _name_family(directory, family)
   if processor is None:
     config = _llava_onevision(directory, config)
   else:
     config = _qwen(directory, config, _DESCRIBED[family](processor))
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
   return config, {"eos_ids": tokenizer.eos_ids, "pad_id": tokenizer.pad_id}
+
+
+def _name_family(directory, family):
+  """Tells the tokenizer how prompts hold a clip, where no config.json does."""
+  path = os.path.join(directory, "config.json")
+  if not os.path.exists(path):
+    files.write_json(path, {"model_type": family})
 
 
 def _llava_onevision(directory, config):
@@ -221,9 +225,7 @@ QWEN_MARKS = {
 def write_qwen3_vl(directory, processor, texts, vocabulary: int) -> None:
   """Writes a tokenizer of texts and the files of a `Qwen3VLProcessor`."""
   files.make_folder(directory)
-  path = os.path.join(directory, "config.json")
-  if not os.path.exists(path):  # Tells the tokenizer how prompts hold a clip.
-    files.write_json(path, {"model_type": "qwen3_vl"})
+  _name_family(directory, "qwen3_vl")
   _write_qwen(directory, _qwen3_vl(processor), texts, vocabulary)
 
 

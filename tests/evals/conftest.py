@@ -2,12 +2,20 @@
 
 import pytest
 
+from cacovid_jax.synthetic import tiny_checkpoints
 from tests.evals import tiny
 
 
 @pytest.fixture(scope="session")
 def checkpoint_dir(tmp_path_factory):
   return tiny.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def qwen3_vl_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("tiny") / "qwen3_vl"
+  tiny_checkpoints.write_tiny(folder, "qwen3_vl")
+  return str(folder)
 
 
 @pytest.fixture(scope="session")

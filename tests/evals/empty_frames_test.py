@@ -21,20 +21,12 @@ from cacovid_jax.models import (
   prompt_batch,
   video_llm,
 )
-from cacovid_jax.synthetic import tiny_checkpoints
 from tests.evals import tiny
 
 GRID = (4, 2, 3)
 TIMES = (0.2, 9.9, 10.4, 100.0)  # Text of several lengths.
 START, PAD, END = "<|vision_start|>", "<|video_pad|>", "<|vision_end|>"
 NEW = 2
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("tiny") / "qwen3_vl"
-  tiny_checkpoints.write_tiny(folder, "qwen3_vl")
-  return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +38,12 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def experiment_of(directory, data):
+def experiment_of(qwen3_vl_dir, data):
   def make(workdir, **changes):
     fields = dict(
-      data=data, checkpoint=directory, methods=("uniform",), ratios=(0.4, 0.05),
-      num_frames=8, batch_size=2, max_new_tokens=NEW, num_examples=0,
-      select_on="none",
+      data=data, checkpoint=qwen3_vl_dir, methods=("uniform",),
+      ratios=(0.4, 0.05), num_frames=8, batch_size=2, max_new_tokens=NEW,
+      num_examples=0, select_on="none",
     )  # fmt: skip
     return tiny.experiment(workdir, **fields | changes)
 
@@ -148,10 +140,10 @@ def check(pruned, kept, expected):
 
 
 @pytest.mark.parametrize("outer", [False, True])
-def test_prompts_are_those_written_frame_by_frame(directory, outer):
-  model = checkpoints.make_model(checkpoints.load_config(directory))
+def test_prompts_are_those_written_frame_by_frame(qwen3_vl_dir, outer):
+  model = checkpoints.make_model(checkpoints.load_config(qwen3_vl_dir))
   model = model.with_outer_vision_tags(outer)
-  tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(qwen3_vl_dir)
   batch = embedded(model, tokenizer)
   rng = np.random.default_rng(0)
 
@@ -189,9 +181,9 @@ def test_prompts_are_those_written_frame_by_frame(directory, outer):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_time_that_is_no_text_of_its_own_cannot_go(directory):
-  model = checkpoints.make_model(checkpoints.load_config(directory))
-  tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
+def test_a_time_that_is_no_text_of_its_own_cannot_go(qwen3_vl_dir):
+  model = checkpoints.make_model(checkpoints.load_config(qwen3_vl_dir))
+  tokenizer = tokenizer_lib.Tokenizer.from_directory(qwen3_vl_dir)
   prompt = model.encode_prompt(tokenizer, "Why?", GRID, TIMES)
   length = len(tokenizer.encode("<0.2 seconds>"))
   # As if its first letter belonged to the text before it.

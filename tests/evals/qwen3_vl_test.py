@@ -13,18 +13,10 @@ from cacovid_jax.inference import clip_queue, clips
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.integrations.lmms_eval import answerer, arguments, requests
-from cacovid_jax.synthetic import tiny_checkpoints
 from tests.evals import tiny
 
 WIDTH, MAPS = 32, 2
 SIZES = ((32, 32), (32, 48))
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("tiny") / "qwen3_vl"
-  tiny_checkpoints.write_tiny(folder, "qwen3_vl")
-  return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +27,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def asked(directory, data, tmp_path_factory):
+def asked(qwen3_vl_dir, data, tmp_path_factory):
   return tiny.experiment(
-    tmp_path_factory.mktemp("out"), data=str(data), checkpoint=directory,
+    tmp_path_factory.mktemp("out"), data=str(data), checkpoint=qwen3_vl_dir,
     methods=("prunevid",), ratios=(0.25,), num_frames=8, max_new_tokens=1,
     batch_size=1,
   )  # fmt: skip
@@ -122,9 +114,9 @@ def test_cached_clips_bring_their_maps_and_times(asked, tmp_path, monkeypatch):
   assert len(shapes) == 2
 
 
-def test_the_plug_in_counts_times_and_marks(directory, data):
+def test_the_plug_in_counts_times_and_marks(qwen3_vl_dir, data):
   args = arguments.parse(
-    pretrained=directory, method="uniform", ratio=0.25, max_frames_num=8,
+    pretrained=qwen3_vl_dir, method="uniform", ratio=0.25, max_frames_num=8,
     batch_size=2,
   )  # fmt: skip
   model = answerer.RequestAnswerer(args)

@@ -30,7 +30,7 @@ def made(tmp_path_factory):
   """Returns (config, tokenizer, model, params, pack, prompts)."""
   folder, config = tmp_path_factory.mktemp("base"), config_lib.load(CONFIG)
   family = base_models.of(config)
-  pack = pretraining.packing_of(config.pretrain, folder, family)
+  pack = pretraining.packing_of(config, folder)
   with pytest.MonkeyPatch.context() as patch:
     few = functools.partial(packing.corpus, 40)
     patch.setattr(packing, "corpus", few)

@@ -502,7 +502,7 @@ def test_the_losses_fit_together_at_real_size(tokenizer_file):
   folder, stage = pathlib.Path(tokenizer_file).parent, world.FULL
   tokenizer = tokenizer_lib.Tokenizer.from_directory(folder)
   model = base_models.model_of(config, tokenizer)
-  pack = pretraining.packing_of(config.pretrain, folder)
+  pack = pretraining.packing_of(config, folder)
   assert pack.stage == stage
   params = jax.eval_shape(
     lambda rng: pretraining.init_params(rng, model, stage), jax.random.key(0)

@@ -43,13 +43,14 @@ def head(prefix, num_video):
   ids = np.zeros(length, np.int32)
   ids[: len(prefix)] = prefix
   rows = len(prefix) + np.arange(num_video)
-  parts = ids, np.arange(length)[None], rows, length, length, 0
+  text = [*range(len(prefix)), length - 1]
+  parts = ids, np.arange(length)[None], rows, length, length, text
   return packed.Heads(*(np.int32(part)[None] for part in parts))
 
 
 def layout():
   heads = head(PREFIX, NUM_VIDEO)
-  return packed.PackedPrompts(tiny()[0], heads, QUESTIONS, LENGTH)
+  return packed.PackedPrompts(tiny()[0], heads, QUESTIONS, LENGTH, None)
 
 
 VIDEO_ROWS = len(PREFIX) + np.arange(NUM_VIDEO)
@@ -92,7 +93,7 @@ def test_packed_questions_are_answered_as_separate_prompts():
 
 
 def test_the_packed_mask_by_hand():
-  prompts = packed.PackedPrompts(None, head((1,), 1), 2, 2)
+  prompts = packed.PackedPrompts(None, head((1,), 1), 2, 2, None)
   chosen = prompts.chosen(None, 1)
   (mask,) = prompts.packed_mask(chosen)
   # Prefix, video token, newline; two questions of two tokens each.
