@@ -109,6 +109,8 @@ def _pretrain(debug):
     lr=1.2e-3,
     warmup_steps=1 if debug else 300,
     weight_decay=0.05,
+    norm_scale=1.0,  # Of Qwen3's norms of queries and keys, in the beginning.
+    norm_rate=1.0,  # Times lr, is theirs.
     min_keep=16,  # Tokens kept in the pruned loss: uniform over this range.
     num_keep=78,
     # Shares of its rows: decisive tokens missing, others on objects, merged.

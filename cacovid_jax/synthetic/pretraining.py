@@ -131,7 +131,20 @@ def make_tx(config):
     ),
     consistent_rms=0.2,  # Steps as large as AdamW's, whose rates it takes.
   )
-  return optax.chain(optax.clip_by_global_norm(1.0), muon), schedule
+  faster = optax.stateless(
+    lambda updates, unused_params: _scale_qk_norms(updates, config.norm_rate)
+  )
+  return optax.chain(optax.clip_by_global_norm(1.0), muon, faster), schedule
+
+
+def _scale_qk_norms(tree, factor):
+  """Returns arrays by name, those of q and k norms times a factor."""
+
+  def scaled(path, x):
+    own = any(key.key in ("q_norm", "k_norm") for key in path)
+    return x * factor if own else x
+
+  return jax.tree_util.tree_map_with_path(scaled, tree)
 
 
 def packing_of(config, directory) -> packing.PackingConfig:
@@ -168,6 +181,7 @@ def init_state(model, config, stage=world.SMALL):
   # Placed as `make_update` returns it, or that would compile a second time.
   whole = jax.sharding.NamedSharding(mesh_lib.make_mesh(), P())
   params = init_params(jax.random.key(config.seed), model, stage)
+  params = _scale_qk_norms(params, config.norm_scale)
   params = jax.device_put(params, whole)
   opt_state = jax.jit(make_tx(config)[0].init)(params)
   return {"params": params, "opt_state": jax.device_put(opt_state, whole)}

@@ -206,3 +206,29 @@ def test_an_unknown_family_is_named():
   config.family = "phi"
   with pytest.raises(errors.UserError, match="family=phi: use llava"):
     base_models.of(config)
+
+
+def test_norms_of_queries_and_keys_have_a_start_and_a_rate(made):
+  config, _, model, _, pack, _ = made
+  config = config_lib.replace(config, {"pretrain.lr": 0.01}).pretrain
+
+  def scales(factor, rate):
+    given = {"norm_scale": factor, "norm_rate": rate}
+    own = config_lib.replace(config, given)
+    state = pretraining.init_state(model, own, pack.stage)
+    start, tx = state["params"], pretraining.make_tx(own)[0]
+    grads, opt_state = jax.tree.map(jnp.ones_like, start), state["opt_state"]
+    for _ in range(2):  # The rate of the first is 0.
+      moves, opt_state = tx.update(grads, opt_state, start)
+    layer, move = (
+      tree["model"]["language_model"]["layers"] for tree in (start, moves)
+    )
+    return layer["q_norm"]["scale"], move["k_norm"], move["input_layernorm"]
+
+  one, plain, other = scales(1.0, 1.0)
+  more, fast, same = scales(1.5, 10.0)
+  np.testing.assert_array_equal(one, 1.0)
+  np.testing.assert_array_equal(more, 1.5)
+  assert abs(plain["scale"]).min() > 0
+  np.testing.assert_allclose(fast["scale"], 10 * plain["scale"], rtol=1e-6)
+  np.testing.assert_array_equal(same["scale"], other["scale"])
