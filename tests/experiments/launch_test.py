@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import tests
-from cacovid_jax import metrics
+from cacovid_jax import evaluate, metrics
 from cacovid_jax.policy import loading
 from cacovid_jax.synthetic import tiny_checkpoints
 from cacovid_jax.training import checkpointing
+from tests.evals import tiny
 from tests.training import tiny_qwen
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -419,6 +420,77 @@ def length(question, texts):
 
 length.on_host = True
 """
+
+
+# An evaluation that is killed behind its first answers.
+_KILLED = """
+import os, signal
+from cacovid_jax import evaluate
+from cacovid_jax.data import answer_log
+
+add = answer_log.AnswerLog.add
+
+def add_and_die(*args):
+  add(*args)
+  os.kill(os.getpid(), signal.SIGKILL)
+
+answer_log.AnswerLog.add = add_and_die
+evaluate.COMMAND.run(evaluate.main)
+"""
+
+
+def test_tasks_of_an_array_make_the_table_of_one_process(machine, tmp_path):
+  """Real processes; one of two is killed and given again."""
+  (tmp_path / "killed.py").write_text(_KILLED)
+  checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
+  (tmp_path / "blocks").mkdir()
+  flags = [
+    f"--model={checkpoint}",
+    f"--data={tiny.write_data(tmp_path / 'blocks', num_clips=4, per_clip=1)}",
+    "--methods=uniform",
+    "--ratios=0.25",
+    "--config.data.num_frames=4",
+    "--config.evals.oracles=()",
+    "--config.evals.select_on=none",
+    "--config.evals.batch_size=1",
+    "--config.evals.max_new_tokens=2",
+    "--config.model.dtype=float32",
+    "--config.mesh.data=1",
+  ]
+  args = evaluate.COMMAND.parse(
+    ["evaluate", *flags, f"--workdir={tmp_path / 'one'}"]
+  )
+  evaluate.main(args)
+  expected = (tmp_path / "one" / "results.json").read_bytes()
+  env = os.environ | {
+    "PYTHON": sys.executable,
+    "PYTHONPATH": f"{ROOT}:{tmp_path}",
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": tests.xla_flags(),
+    "PATH": f"{machine.env['PATH'].split(':')[0]}:{os.environ['PATH']}",
+    "CALLS": str(machine.calls),
+    "SLURM_ARRAY_TASK_MIN": "0",
+    "SLURM_ARRAY_TASK_MAX": "1",
+    "SLURM_ARRAY_TASK_COUNT": "2",
+  }
+  flags.append(f"--workdir={(workdir := tmp_path / 'array')}")
+
+  def task(number, **more):
+    more["SLURM_ARRAY_TASK_ID"] = str(number)
+    return _script("slurm_evaluate.sbatch", *flags, env=env | more)
+
+  code, told = task(0, MODULE="killed")
+  assert code == 128 + signal.SIGKILL, told
+  answers = workdir / "answers-0-of-2.jsonl"
+  begun = answers.read_bytes()
+  assert begun.count(b"\n") > 1
+  code, told = task(1)
+  assert code == 0 and "left to 0/2" in told
+  assert not (workdir / "results.json").exists()
+  code, told = task(0)
+  assert code == 0, told
+  assert answers.read_bytes().startswith(begun)
+  assert (workdir / "results.json").read_bytes() == expected
 
 
 def _free_port():
