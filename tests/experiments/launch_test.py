@@ -413,12 +413,12 @@ def ask_until_told(step):
 if HARM == "SIGTERM":
   multihost_utils.reached_preemption_sync_point = ask_until_told
 
-def length(question, texts):
+def total(question, texts):
   if HARM == "SIGKILL" and jax.process_index() == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-  return [len(text) / (1 + len(question.question)) for text in texts]
+  return [sum(map(ord, text)) % 13 / len(question.question) for text in texts]
 
-length.on_host = True
+total.on_host = True
 """
 
 
@@ -528,7 +528,7 @@ def _state(workdir):
 
 
 def test_processes_train_what_one_trains_whatever_harms_them(machine, tmp_path):
-  """On a CPU: two processes of a device each, and one of two devices.
+  """On a CPU: two processes of two devices each, and one of four devices.
 
   By each script; stand-ins are the scheduler's commands alone.
   """
@@ -544,12 +544,12 @@ def test_processes_train_what_one_trains_whatever_harms_them(machine, tmp_path):
     f"--config={ROOT / 'configs' / 'llava_onevision.py'}:debug",
     f"--config.model.path={tmp_path / 'model'}",
     f"--config.data.root={tmp_path}",
-    "--config.videos_per_step=2",
+    "--config.videos_per_step=4",
     "--config.iterations=1",
     "--config.ckpt.every_steps=1",
     "--config.ratio.adaptive=false",
     "--config.sampling.ratio=0.125",
-    f"--config.rollout.reward={tmp_path / 'reward.py'}:length",
+    f"--config.rollout.reward={tmp_path / 'reward.py'}:total",
     "--config.optimizer.lr_heads=1e-3",
     # Compiles sooner.
     "--config.policy.module=tests.policy.bilinear_policy:Bilinear",
@@ -570,7 +570,7 @@ def test_processes_train_what_one_trains_whatever_harms_them(machine, tmp_path):
   }
   for number in (2, 1):
     env = base | {
-      "XLA_FLAGS": tests.xla_flags(3 - number), "PROCESSES": str(number)
+      "XLA_FLAGS": tests.xla_flags(4 // number), "PROCESSES": str(number)
     }  # fmt: skip
     workdir = f"--workdir={tmp_path / f'processes{number}'}"
     code, told = _script("gpu_box.sh", *flags, workdir, env=env)
@@ -590,7 +590,7 @@ def test_processes_train_what_one_trains_whatever_harms_them(machine, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
   assert min(line["gradient_norm"] for line in curves[1]) > 0
 
-  env, harmed = base | {"XLA_FLAGS": tests.xla_flags()}, tmp_path / "harmed"
+  env, harmed = base | {"XLA_FLAGS": tests.xla_flags(2)}, tmp_path / "harmed"
   flags.append(f"--workdir={harmed}")
   code, told = _script("slurm.sbatch", *flags, env=env | {"HARM": "SIGTERM"})
   assert code == 143, told
