@@ -61,8 +61,7 @@ def main(args) -> int:
     errors.check(fine, f"--meshes={mesh}: write DATAxMODEL, such as 2x2")
   workdir = pathlib.Path(args.workdir).absolute()
   if args.only:
-    row(args, workdir)
-    return 0
+    return row(args, workdir)
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   directory_run.write_model(args.size, workdir / "model", 0)
   made_up_questions.write(workdir / "data")
@@ -78,7 +77,7 @@ def main(args) -> int:
   return code
 
 
-def row(args, workdir) -> None:
+def row(args, workdir) -> int:
   """Measures the mesh of `--only`, unless it is known; writes `FILES`."""
   run = {name: getattr(args, name) for name in _TOLD}
   run |= {"set": list(args.set), "device": provenance.device_kind()}
@@ -89,6 +88,7 @@ def row(args, workdir) -> None:
   found = {mesh: found[mesh] for mesh in args.meshes if mesh in found}
   files.write(workdir / FILES[0], f"{markdown(found)}\n")
   files.write_json(workdir / FILES[1], run | {"meshes": found})
+  return 0
 
 
 def measure(args, workdir) -> dict:

@@ -218,11 +218,10 @@ class Engine:
       ids, chosen = batch.output(condition)
       traces = batch.kept(condition, chosen)
     given = condition.label, condition.ratio
+    found = zip(questions, self.decode(ids), traces, strict=False)
     return [
       AnswerResult(*given, text, self._letter(question, text), trace)
-      for question, text, trace in zip(
-        questions, self.decode(ids), traces, strict=False
-      )
+      for question, text, trace in found
     ]
 
   def _letter(self, question, text: str) -> str:
