@@ -4,26 +4,39 @@ python -m cacovid_jax.answer --video clip.mp4 --question "Which came first?" \
     --options "red,blue,green,grey" --method uniform --ratios 1.0,0.25,0.1
 python -m cacovid_jax.answer --model DIR --policy POLICY --video clip.mp4 \
     --question "What happens?" --ratios 0.1 --report report.html
+python -m cacovid_jax.answer --video a.mp4 --video b.mp4 \
+    --question "What happens?" --config.mesh.data=2
 
 Prints the answer, the tokens kept of all, and milliseconds per stage of a
 second run, so that compilation is apart. Without --model, the small model of
 the embedded benchmark answers; it knows questions with options, about clips as
 `python -m cacovid_jax.prepare` draws them.
+
+--video, --question and --options may be given several times, one of them for
+each question; what is given once is that of all. The devices of
+config.mesh.data answer as many questions at once.
 """
 
-from cacovid_jax import command, files, terminal
+import pathlib
+
+from cacovid_jax import command, errors, files, terminal
 from cacovid_jax.evals.report import answer as answer_page
 from cacovid_jax.inference import answerer as answerer_lib
 
 COMMAND = command.Command(
   __doc__,
   {
-    "video": command.Flag("Video file."),
-    "question": command.Flag("What to ask about it."),
+    "video": command.Flag("Video file.", default=(), many=True),
+    "question": command.Flag("What to ask about it.", default=(), many=True),
     "options": command.Flag(
-      "Choices, comma-separated (or separated by | where one holds a comma)."
+      "Choices, comma-separated (or separated by | where one holds a comma).",
+      default=(),
+      many=True,
     ),
-    "report": command.Flag("HTML page to write: kept tokens on the frames."),
+    "report": command.Flag(
+      "HTML page to write: kept tokens on the frames. Of further questions,"
+      " REPORT_2.html and so on."
+    ),
     "model": command.Flag(
       "Hugging Face checkpoint directory, or org/name of one in the local"
       " cache; the shipped model if empty.",
@@ -69,24 +82,48 @@ COMMAND = command.Command(
 def main(args):
   """Asks what the command line says."""
   COMMAND.require(args, "video", "question", "methods", "ratios")
+  asked, evals = questions(args), args.config.evals
+  reports = []
   if args.report:
-    files.check_writable(args.report, "--report")
-  evals, options = args.config.evals, args.options
-  with answerer_lib.Answerer.from_config(args.config) as answerer:
-    asked = answerer.ask(
-      args.video,
-      args.question,
-      options.split("|" if "|" in options else ",") if options else (),
+    path = pathlib.Path(args.report)
+    more = range(2, len(asked) + 1)
+    reports = [path, *(path.with_stem(f"{path.stem}_{n}") for n in more)]
+    for report in reports:
+      files.check_writable(report, "--report")
+  with answerer_lib.Answerer.from_config(
+    args.config, count=len(asked)
+  ) as answerer:
+    found = answerer.ask_all(
+      asked,
       ratios=evals.ratios,
       method=evals.methods[0],
       style=evals.prompt_style or answerer_lib.STYLES[0],
     )
-    for warning in asked.warnings:
-      terminal.tell(f"warning: {warning}", error=True)
-    answer_page.show(asked)
-    if args.report:
-      answer_page.write(args.report, answerer, asked)
-      terminal.tell(f"report: {args.report}")
+    for number, answers in enumerate(found):
+      for warning in answers.warnings:
+        terminal.tell(f"warning: {warning}", error=True)
+      answer_page.show(answers)
+      if reports:
+        answer_page.write(reports[number], answerer, answers)
+        terminal.tell(f"report: {reports[number]}")
+
+
+def questions(args) -> list[tuple[str, str, list[str]]]:
+  """Returns video, question and options of each question."""
+  given = {"video": args.video, "question": args.question}
+  given["options"] = args.options or ("",)
+  count = max(map(len, given.values()))
+  for name, texts in given.items():
+    errors.check(
+      len(texts) in (1, count),
+      f"--{name} is given {len(texts)} times, another flag {count} times; give"
+      " it once, or as often",
+    )
+  rows = zip(*(x * (count // len(x)) for x in given.values()), strict=True)
+  return [
+    (video, text, words.split("|" if "|" in words else ",") if words else [])
+    for video, text, words in rows
+  ]
 
 
 if __name__ == "__main__":

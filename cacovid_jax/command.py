@@ -125,7 +125,8 @@ class Command:
   def require(self, args, *names: str) -> None:
     """Refuses what `parse` gave if it leaves one of these flags empty."""
     for name in names:
-      if not self.flags[name].value(args.config, vars(args).get(name)):
+      value = self.flags[name].value(args.config, vars(args).get(name))
+      if not value or (isinstance(value, tuple) and "" in value):
         raise errors.UserError(f"nothing says which {name}: add --{name}")
 
   def help(self) -> str:

@@ -8,7 +8,8 @@ python -m cacovid_jax.doctor --config configs/llava_onevision.py:size=7b \
 Weights, policy, data, clips, mesh, memory, disk, programs and hours, a line
 each: ok, warning or failed, what was found, the remedy. Reads headers, rows and
 a few clips; of weights, tied tables, and all for the sha256 that a policy is
-compared by. Writes nothing. The exit code is 1 if something failed.
+compared by. Writes nothing, but on a store an object that it deletes. The exit
+code is 1 if something failed.
 """
 
 import rich.table

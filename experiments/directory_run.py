@@ -217,7 +217,7 @@ def _commands(args, workdir, model) -> list[Ended]:
   data, config = workdir / "data", workdir / "config.json"
   made = configured(args.size, model, data, texts, args.reward)
   config_lib.save(made, config)
-  run, policy = _Runner(workdir), workdir / "run"
+  run, policy = Runner(workdir), workdir / "run"
   given = [f"--config={config}", f"--workdir={policy}"]
   train = "cacovid_jax.train", given
   stages = [
@@ -240,7 +240,7 @@ def _commands(args, workdir, model) -> list[Ended]:
   return done
 
 
-class _Runner:
+class Runner:
   """Runs commands, the output of each in WORKDIR/STAGE.log."""
 
   def __init__(self, workdir):

@@ -59,7 +59,9 @@ class ObjectStore(fsspec.AbstractFileSystem):
   def find(self, path, maxdepth=None, withdirs=False, detail=False, **unused):
     self.before("list", path)
     names = [urllib.parse.unquote(name) for name in os.listdir(self.root)]
-    found = {n: self.info(n) for n in names if n.startswith(f"{path}/")}
+    below = [n for n in names if n.startswith(f"{path}/")]
+    # Of an object, itself.
+    found = {n: self.info(n) for n in below or names if n in (*below, path)}
     return found if detail else list(found)
 
   def _file(self, path):

@@ -1,4 +1,4 @@
-"""One question about one clip, answered from several shares of its tokens.
+"""Questions about clips, answered from several shares of their tokens.
 
     from cacovid_jax.inference import answerer
 
@@ -9,16 +9,20 @@
     for answer in asked.answers:
       print(answer.method, answer.kept, answer.text, answer.milliseconds)
 
-Prompts, selections, programs and pictures are those of an evaluation.
+Prompts, selections, programs and pictures are those of an evaluation. With
+several devices on the mesh's axis `data`, each answers another question.
 """
 
 import collections
 import contextlib
+import dataclasses
 import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+import jax
 
 from cacovid_jax import base_config, errors
 from cacovid_jax import config as config_lib
@@ -47,7 +51,7 @@ class ClipAnswers(NamedTuple):
   Attributes:
     milliseconds: "decode" (frames to pixels included) and "tower", which all
       answers share; each answer has its own "embed", "scores", "select" and
-      "answer".
+      "answer". Of all questions `together`, which were answered at once.
     warm_up: seconds of the run before the timed one, compilation included;
       None if there was none, and then the times include compilation.
     warnings: what is unusual about the clip, one line each.
@@ -61,6 +65,7 @@ class ClipAnswers(NamedTuple):
   milliseconds: Mapping[str, float]
   warm_up: float | None
   warnings: tuple[str, ...]
+  together: int = 1
 
   num_video = property(lambda self: math.prod(self.grid))
 
@@ -114,34 +119,44 @@ class Answerer(contextlib.ExitStack):
     self._load(config_lib.replace(base_config.get_config(), changes), limits)
 
   @classmethod
-  def from_config(cls, config, limits: video.Limits | None = None):
+  def from_config(cls, config, limits: video.Limits | None = None, count=1):
     """Returns the answerer of `model`, `data`, `evals` and `mesh` of a config.
 
-    Empty or 0, the model, the frames and new tokens are the usual ones.
+    Empty or 0, the model, the frames and new tokens are the usual ones, and
+    `mesh.data` as many devices as the `count` of questions takes.
     """
     made = cls.__new__(cls)
-    made._load(config, limits)
+    made._load(config, limits, count)
     return made
 
-  def _load(self, config, limits):
+  def _load(self, config, limits, count=1):
     super().__init__()
     self.shipped = not config.model.path
     config = experiment_lib.with_shipped(config)
+    left = max(jax.device_count() // max(config.mesh.model, 1), 1)
+    size = config.mesh.data or min(count, left)
+    errors.check(
+      size <= count,
+      f"config.mesh.data={size} devices share {count} question(s); lower it, or"
+      " ask as many at once",
+    )
     changes = {
+      "mesh.data": size,
+      "evals.batch_size": size,  # A question for each device of `data`.
       # Clips are named by whole paths: a user's own word, not a data set's.
       "data.root": os.path.abspath(os.sep),
       "data.media": "",
       "data.feature_cache": "",  # Times are those of encoding.
     }
     experiment = experiment_lib.Experiment.from_config(
-      config_lib.replace(config, changes), split=""
+      config_lib.replace(config, changes)
     )
     self.experiment, self._limits, self._sources = experiment, limits, {}
     num_tokens = config.evals.max_new_tokens or _MAX_NEW_TOKENS
+    rule, empty = config.evals.rule or letters.OWN, config.evals.empty_frames
     self.settings = engine_lib.Settings(
-      config.data.num_frames, 1, num_tokens, config.evals.rule or letters.OWN,
-      empty_frames=config.evals.empty_frames,
-    )  # fmt: skip
+      config.data.num_frames, size, num_tokens, rule, empty_frames=empty
+    )
     self._call = decode_workers.WAYS[config.data.decode]
     self.checkpoint = experiment.checkpoint
     self.policies = experiment.policies
@@ -151,81 +166,102 @@ class Answerer(contextlib.ExitStack):
 
   def ask(
     self,
-    path: str | os.PathLike,
-    question: str,
-    options: Sequence[str] = (),
-    *,
-    ratios: Sequence[float] = (0.1,),
-    method: str = "cacovid",
-    style: str = "video-r1",
-    warm_up: bool = True,
-  ) -> ClipAnswers:
+    path: str | os.PathLike, question: str, options: Sequence[str] = (),
+    **how,
+  ) -> ClipAnswers:  # fmt: skip
     """Returns the answers to one question about a video file, one per ratio.
 
     Args:
       path: of the file.
       question: text; without options it is the whole of the user's turn.
       options: choices without letters, of which the model is asked for one.
+      **how: as of `ask_all`.
+    """
+    return self.ask_all([(path, question, options)], **how)[0]
+
+  def ask_all(
+    self,
+    asked: Sequence[tuple[str | os.PathLike, str, Sequence[str]]],
+    *,
+    ratios: Sequence[float] = (0.1,),
+    method: str = "cacovid",
+    style: str = "video-r1",
+    warm_up: bool = True,
+  ) -> list[ClipAnswers]:
+    """Returns the answers to several questions, in order.
+
+    The devices of `data` answer as many at once, about clips of one grid.
+
+    Args:
+      asked: path, question and options of each, see `ask`.
       ratios: shares of the tokens to keep; 1.0 is vanilla, whatever the method.
       method: as in an evaluation, `name?option=value`.
       style: wording of a question with options, one of `STYLES`.
       warm_up: whether everything runs once before it is timed.
     """
     # All mistakes that can be told without running anything, first.
-    asked = as_question(path, question, options, style=style)
+    questions = _distinct([as_question(*one, style=style) for one in asked])
     chosen = methods_lib.Method.parse(method)
     conditions = [
       methods_lib.Condition(chosen if ratio < 1 else None, ratio)
       for ratio in map(base.check_ratio, ratios)
     ]
-    if not conditions:
-      raise errors.UserError("no ratio given; for example 0.1")
+    errors.check(conditions, "no ratio given; for example 0.1")
     if any(condition.method for condition in conditions):
       self._check(chosen)
-    clip = self._probe(path)
-    source = self.source(self._grid(path))
-    source.observe(methods_lib.wanted([chosen]))
-    source.damaged[asked.video] = ""  # Among the warnings below, not logged.
-    engine = engine_lib.Engine.of(
-      self.experiment, source, [asked], self.settings, policies=self.policies,
-      programs=self.programs, more_follow=True,
-    )  # fmt: skip
+    paths, groups = [os.fspath(one[0]) for one in asked], {}
+    clips = [(path, self._probe(path)) for path in paths]
+    for place, path in enumerate(paths):
+      groups.setdefault(self._grid(path), []).append(place)
+    engines = {
+      grid: self._engine(grid, [questions[n] for n in own], chosen, conditions)
+      for grid, own in groups.items()
+    }
+    found, size = {}, self.settings.batch_size
+    for grid, own in groups.items():
+      for start in range(0, len(own), size):
+        part = own[start : start + size]
+        given = [questions[n] for n in part], conditions, warm_up
+        seconds, first_run, answers = _run(engines[grid], *given)
+        for place, own_answers in zip(part, answers, strict=True):
+          told = questions[place], *clips[place]
+          found[place] = ClipAnswers(
+            *told, grid, own_answers, seconds, first_run,
+            self._warnings(grid, *told), together=len(part),
+          )  # fmt: skip
+    return [found[place] for place in range(len(asked))]
+
+  def _engine(self, grid, questions, method, conditions) -> engine_lib.Engine:
+    """Returns what answers about clips of a grid, after a look at it."""
+    source = self.source(grid)
+    source.observe(methods_lib.wanted([method]))
+    for question in questions:  # Among the warnings, not logged.
+      source.damaged[question.video] = ""
+    shared = {"policies": self.policies, "programs": self.programs}
+    given = self.experiment, source, questions, self.settings
+    engine = engine_lib.Engine.of(*given, more_follow=True, **shared)
     for condition in conditions:
       base.budget(source.grid, condition.ratio)
       if condition.method:
         engine.check(condition, source.grid)
-    start = time.perf_counter()
-    # Decoding may find a fault that the table of frames did not show; here it
-    # is told in full, where an evaluation only notes it.
-    if source[asked.video].fault:
-      source.clear()
-      source.load(asked.video)
-    if warm_up:
-      for condition in conditions:
-        engine.answer(asked, condition)
-    first_run = time.perf_counter() - start
-    source.clear()
-    source.seconds.clear()
-    answers = [_timed(engine, asked, condition) for condition in conditions]
-    warnings = [f"{path}: {text}" for text in source[asked.video].warnings]
+    return engine
+
+  def _warnings(self, grid, question, path, clip) -> tuple[str, ...]:
+    """Returns what is unusual about a clip that was answered about."""
+    source = self.source(grid)
+    warnings = [f"{path}: {text}" for text in source[question.video].warnings]
     if clip.num_frames < (shown := self.settings.num_frames):
       warnings.append(
         f"{path} has {clip.num_frames} frame(s) and the model is shown"
         f" {shown}: frames repeat, as in the reference"
       )
-    return ClipAnswers(
-      question=asked, path=os.fspath(path), clip=clip, grid=source.grid,
-      answers=tuple(answers),
-      milliseconds={k: 1e3 * source.seconds[k] for k in ("decode", "tower")},
-      warm_up=first_run if warm_up else None, warnings=tuple(warnings),
-    )  # fmt: skip
+    return tuple(warnings)
 
   def source(self, grid: tuple[int, int, int]):
     """Returns what encodes clips of a grid; made once."""
     if grid not in self._sources:
-      found = clip_queue.open_queue(
-        self.experiment, limits=self._limits, keep=1, grid=grid
-      )
+      how = {"limits": self._limits, "keep": self.settings.batch_size}
+      found = clip_queue.open_queue(self.experiment, grid=grid, **how)
       self._sources[grid] = self.enter_context(found)
     return self._sources[grid]
 
@@ -318,9 +354,41 @@ def video_name(path: str | os.PathLike) -> str:
   return os.path.join(".", path)
 
 
-def _timed(engine, question, condition) -> engine_lib.AnswerResult:
+def _distinct(questions) -> list[question_lib.Question]:
+  """Returns questions of different ids; what is drawn for them stays."""
+  found, make = {}, dataclasses.replace
+  for question in questions:
+    name, count = question.id, 1
+    while name in found:
+      count += 1
+      name = f"{question.id} ({count})"
+    found[name] = make(question, id=name, stream=question.rng_id)
+  return list(found.values())
+
+
+def _run(engine, questions, conditions, warm_up: bool):
+  """Returns (milliseconds, `warm_up`, answers by question) of `ClipAnswers`."""
+  source, start = engine.source, time.perf_counter()
+  # Decoding may find a fault that the table of frames did not show; here it
+  # is told in full, where an evaluation only notes it.
+  for question in questions:
+    if source[question.video].fault:
+      source.clear()
+      source.load(question.video)
+  if warm_up:
+    for condition in conditions:
+      engine.answers(questions, condition)
+  first_run = time.perf_counter() - start if warm_up else None
+  source.clear()
+  source.seconds.clear()
+  answers = [_timed(engine, questions, one) for one in conditions]
+  seconds = {name: 1e3 * source.seconds[name] for name in ("decode", "tower")}
+  return seconds, first_run, [*zip(*answers, strict=True)]
+
+
+def _timed(engine, questions, condition) -> list[engine_lib.AnswerResult]:
   engine.seconds.clear()
-  answer = engine.answer(question, condition)
+  answers = engine.answers(questions, condition)
   milliseconds = collections.defaultdict(float)
   for name, seconds in engine.seconds.items():
     stage = _STAGES.get(name.partition(" ")[0])
@@ -329,4 +397,4 @@ def _timed(engine, question, condition) -> engine_lib.AnswerResult:
       stage = "answer"
     if stage:
       milliseconds[stage] += 1e3 * seconds
-  return answer._replace(milliseconds=dict(milliseconds))
+  return [one._replace(milliseconds=dict(milliseconds)) for one in answers]

@@ -199,28 +199,39 @@ class Engine:
 
   def answer(self, question, condition) -> AnswerResult:
     """Returns one question's answer together with what led to it."""
+    return self.answers([question], condition)[0]
+
+  def answers(self, questions, condition) -> list[AnswerResult]:
+    """Returns those of at most B questions about clips of one grid."""
     if condition.method is not None:
-      base.budget(self.grid_of(question), condition.ratio)
-      self.check(condition, self.grid_of(question))
-    batch = self.batch([question])
-    if batch.faults:
-      raise errors.UserError(f"{question.video}: {batch.faults[0]}")
+      grid = self.grid_of(questions[0])
+      base.budget(grid, condition.ratio)
+      self.check(condition, grid)
+    batch = self.batch(questions)
+    for row, fault in batch.faults.items():
+      raise errors.UserError(f"{questions[row].video}: {fault}")
     if condition.method is None:
       ids, _ = batch.vanilla()
       trace = batch_lib.KeptTokens(np.arange(batch.num_video))
+      traces = [trace] * len(questions)
     else:
       ids, chosen = batch.output(condition)
-      (trace,) = batch.kept(condition, chosen)
-    text, letter = self.decode(ids)[0], ""
-    if question.lettered:
-      count = len(question.options) or 4
-      letter = letters.extract(
-        text,
-        num_options=count,
-        rule=self.settings.rule,
-        options=question.options,
-      )
-    return AnswerResult(condition.label, condition.ratio, text, letter, trace)
+      traces = batch.kept(condition, chosen)
+    given = condition.label, condition.ratio
+    found = zip(questions, self.decode(ids), traces, strict=False)
+    return [
+      AnswerResult(*given, text, self._letter(question, text), trace)
+      for question, text, trace in found
+    ]
+
+  def _letter(self, question, text: str) -> str:
+    """Returns the letter in an answer's text, see `AnswerResult`."""
+    if not question.lettered:
+      return ""
+    count, rule = len(question.options) or 4, self.settings.rule
+    return letters.extract(
+      text, num_options=count, rule=rule, options=question.options
+    )
 
   def kept(self, questions, conditions) -> dict[str, list]:
     """Returns question id -> `KeptTokens` of its clip by each condition.

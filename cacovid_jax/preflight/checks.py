@@ -26,6 +26,7 @@ from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.parallel import mesh as mesh_lib
 from cacovid_jax.policy import loading
 from cacovid_jax.preflight import case as case_lib
+from cacovid_jax.remote import mirror as remote
 from cacovid_jax.training import batches, programs, run, seams
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -268,6 +269,9 @@ def training_memory(case: case_lib.Case) -> dict[str, int]:
 def _disk(case: case_lib.Case) -> _Found:
   config, workdir = case.config, case.experiment.workdir
   cache = config.data.feature_cache
+  if mirror := remote.of(workdir):
+    mirror.store.put(probe := "locks/doctor", b"")  # Where no run looks.
+    mirror.store.delete(probe)
   if case.trains:
     needs = (config.ckpt.keep + 1) * _bytes(case.state)
     needs += 3 * _bytes(case.state.params)  # Last, best, and one in the making.
@@ -321,7 +325,8 @@ def _hours(case: case_lib.Case) -> _Found:
   if case.trains:
     total = run.with_total_steps(case.experiment, case.rows).config.total_steps
     videos = total * config.videos_per_step
-    rows = metrics.read(case.experiment.workdir)
+    there = os.path.isdir(case.experiment.workdir)
+    rows = metrics.read(case.experiment.workdir) if there else []
     took = [x["seconds_per_step"] for x in rows if x.get("seconds_per_step")]
     if not each and took:
       each, how = took[-1] / config.videos_per_step, "measured in the workdir"

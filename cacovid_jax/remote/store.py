@@ -134,6 +134,9 @@ class Store:
     prefix = f"{self._root}/{folder}".rstrip("/") + "/"
     start = len(self._root) + 1
     names = {path.lstrip("/"): entry for path, entry in found.items()}
+    told = f"{self.url} is an object, no folder; give another --workdir"
+    itself = names.get(self._root, {}).get("type") == "file"
+    errors.check(not itself, told)
     return {
       name[start:]: _info(names[name])
       for name in sorted(names)

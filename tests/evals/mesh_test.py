@@ -121,6 +121,60 @@ def test_one_question_is_answered_on_a_mesh(checkpoint_dir, tmp_path):
   assert texts == texts[:1] * 4
 
 
+def test_devices_answer_as_many_questions(
+  checkpoint_dir, policy_file, tmp_path
+):
+  for number in range(3):
+    tiny.write_clip(tmp_path / f"{number}.mp4", seed=number)
+  # Five for four devices, and two of one name about one clip.
+  asked = [
+    (tmp_path / f"{number % 3}.mp4", f"What is {number % 4}?", ("red", "blue"))
+    for number in (0, 1, 2, 3, 4)
+  ]
+  how = {"ratios": (1.0, 0.5), "warm_up": False}
+  found, methods = {}, ("cacovid", "random", "divprune", "fastv?layer=1")
+  for axes in ((1, 1), (4, 1), (2, 2), (0, 4)):
+    made = tiny.experiment(
+      None,
+      checkpoint=checkpoint_dir,
+      policies={"policy": policy_file},
+      max_new_tokens=2,
+      **dict(zip(("mesh.data", "mesh.model"), axes, strict=True)),
+    )
+    with answerer_lib.Answerer.from_config(made.config, count=5) as answerer:
+      assert answerer.experiment.mesh.shape["data"] == (axes[0] or 2)
+      for method in methods:
+        answers = answerer.ask_all(asked, method=method, **how)
+        assert [one.path for one in answers] == [str(a[0]) for a in asked]
+        found.setdefault(method, []).append([
+          [(x.text, x.letter, x.trace.index.tolist()) for x in one.answers]
+          for one in answers
+        ])  # fmt: skip
+      if axes == (1, 1):
+        alone = answerer.ask(*asked[4], method="random", **how)
+        kept = [x.trace.index.tolist() for x in alone.answers]
+        assert kept == [x[2] for x in found["random"][0][4]]
+  assert [one.together for one in answers] == [2, 2, 2, 2, 1]
+  for method, (expected, *others) in found.items():
+    assert len({str(one[1][2]) for one in expected}) > 1
+    assert others == [expected] * 3, method
+
+
+@pytest.mark.parametrize(
+  ("mesh", "match"),
+  [
+    ({"mesh.data": 3}, "data=3 devices share 2 question.s.; lower it, or ask"),
+    ({"mesh.data": 2, "mesh.model": 8}, "needs 16 devices and there are 8"),
+    ({"mesh.data": 2, "mesh.model": 3}, "model=3 does not divide the base mod"),
+  ],
+)
+def test_a_mesh_that_two_questions_do_not_fit(checkpoint_dir, mesh, match):
+  made = tiny.experiment(None, checkpoint=checkpoint_dir, **mesh)
+  with pytest.raises(errors.UserError, match=match) as caught:
+    answerer_lib.Answerer.from_config(made.config, count=2)
+  assert "\n" not in str(caught.value)
+
+
 def test_the_blind_filter_shares_its_batches(checkpoint_dir, tmp_path):
   rows = readers.read_video_r1(blind_test.write(tmp_path / "rows.json"))
   expected = blind.ask(

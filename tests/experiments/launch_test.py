@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 import tests
-from cacovid_jax import metrics
+from cacovid_jax import evaluate, metrics
 from cacovid_jax.policy import loading
 from cacovid_jax.synthetic import tiny_checkpoints
 from cacovid_jax.training import checkpointing
+from tests.evals import tiny
 from tests.training import tiny_qwen
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -412,13 +413,84 @@ def ask_until_told(step):
 if HARM == "SIGTERM":
   multihost_utils.reached_preemption_sync_point = ask_until_told
 
-def length(question, texts):
+def total(question, texts):
   if HARM == "SIGKILL" and jax.process_index() == 1:
     os.kill(os.getpid(), signal.SIGKILL)
-  return [len(text) / (1 + len(question.question)) for text in texts]
+  return [sum(map(ord, text)) % 13 / len(question.question) for text in texts]
 
-length.on_host = True
+total.on_host = True
 """
+
+
+# An evaluation that is killed behind its first answers.
+_KILLED = """
+import os, signal
+from cacovid_jax import evaluate
+from cacovid_jax.data import answer_log
+
+add = answer_log.AnswerLog.add
+
+def add_and_die(*args):
+  add(*args)
+  os.kill(os.getpid(), signal.SIGKILL)
+
+answer_log.AnswerLog.add = add_and_die
+evaluate.COMMAND.run(evaluate.main)
+"""
+
+
+def test_tasks_of_an_array_make_the_table_of_one_process(machine, tmp_path):
+  """Real processes; one of two is killed and given again."""
+  (tmp_path / "killed.py").write_text(_KILLED)
+  checkpoint = tiny.write_checkpoint(tmp_path / "checkpoint")
+  (tmp_path / "blocks").mkdir()
+  flags = [
+    f"--model={checkpoint}",
+    f"--data={tiny.write_data(tmp_path / 'blocks', num_clips=4, per_clip=1)}",
+    "--methods=uniform",
+    "--ratios=0.25",
+    "--config.data.num_frames=4",
+    "--config.evals.oracles=()",
+    "--config.evals.select_on=none",
+    "--config.evals.batch_size=1",
+    "--config.evals.max_new_tokens=2",
+    "--config.model.dtype=float32",
+    "--config.mesh.data=1",
+  ]
+  args = evaluate.COMMAND.parse(
+    ["evaluate", *flags, f"--workdir={tmp_path / 'one'}"]
+  )
+  evaluate.main(args)
+  expected = (tmp_path / "one" / "results.json").read_bytes()
+  env = os.environ | {
+    "PYTHON": sys.executable,
+    "PYTHONPATH": f"{ROOT}:{tmp_path}",
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": tests.xla_flags(),
+    "PATH": f"{machine.env['PATH'].split(':')[0]}:{os.environ['PATH']}",
+    "CALLS": str(machine.calls),
+    "SLURM_ARRAY_TASK_MIN": "0",
+    "SLURM_ARRAY_TASK_MAX": "1",
+    "SLURM_ARRAY_TASK_COUNT": "2",
+  }
+  flags.append(f"--workdir={(workdir := tmp_path / 'array')}")
+
+  def task(number, **more):
+    more["SLURM_ARRAY_TASK_ID"] = str(number)
+    return _script("slurm_evaluate.sbatch", *flags, env=env | more)
+
+  code, told = task(0, MODULE="killed")
+  assert code == 128 + signal.SIGKILL, told
+  answers = workdir / "answers-0-of-2.jsonl"
+  begun = answers.read_bytes()
+  assert begun.count(b"\n") > 1
+  code, told = task(1)
+  assert code == 0 and "left to 0/2" in told
+  assert not (workdir / "results.json").exists()
+  code, told = task(0)
+  assert code == 0, told
+  assert answers.read_bytes().startswith(begun)
+  assert (workdir / "results.json").read_bytes() == expected
 
 
 def _free_port():
@@ -456,7 +528,7 @@ def _state(workdir):
 
 
 def test_processes_train_what_one_trains_whatever_harms_them(machine, tmp_path):
-  """On a CPU: two processes of a device each, and one of two devices.
+  """On a CPU: two processes of two devices each, and one of four devices.
 
   By each script; stand-ins are the scheduler's commands alone.
   """
@@ -472,12 +544,12 @@ def test_processes_train_what_one_trains_whatever_harms_them(machine, tmp_path):
     f"--config={ROOT / 'configs' / 'llava_onevision.py'}:debug",
     f"--config.model.path={tmp_path / 'model'}",
     f"--config.data.root={tmp_path}",
-    "--config.videos_per_step=2",
+    "--config.videos_per_step=4",
     "--config.iterations=1",
     "--config.ckpt.every_steps=1",
     "--config.ratio.adaptive=false",
     "--config.sampling.ratio=0.125",
-    f"--config.rollout.reward={tmp_path / 'reward.py'}:length",
+    f"--config.rollout.reward={tmp_path / 'reward.py'}:total",
     "--config.optimizer.lr_heads=1e-3",
     # Compiles sooner.
     "--config.policy.module=tests.policy.bilinear_policy:Bilinear",
@@ -498,7 +570,7 @@ def test_processes_train_what_one_trains_whatever_harms_them(machine, tmp_path):
   }
   for number in (2, 1):
     env = base | {
-      "XLA_FLAGS": tests.xla_flags(3 - number), "PROCESSES": str(number)
+      "XLA_FLAGS": tests.xla_flags(4 // number), "PROCESSES": str(number)
     }  # fmt: skip
     workdir = f"--workdir={tmp_path / f'processes{number}'}"
     code, told = _script("gpu_box.sh", *flags, workdir, env=env)
@@ -518,7 +590,7 @@ def test_processes_train_what_one_trains_whatever_harms_them(machine, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
   assert min(line["gradient_norm"] for line in curves[1]) > 0
 
-  env, harmed = base | {"XLA_FLAGS": tests.xla_flags()}, tmp_path / "harmed"
+  env, harmed = base | {"XLA_FLAGS": tests.xla_flags(2)}, tmp_path / "harmed"
   flags.append(f"--workdir={harmed}")
   code, told = _script("slurm.sbatch", *flags, env=env | {"HARM": "SIGTERM"})
   assert code == 143, told

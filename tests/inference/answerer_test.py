@@ -467,6 +467,27 @@ def test_command(checkpoint_dir, policy_file, clip, tmp_path, capsys):
   assert "with compilation" in out
   assert "warning: " in err and "2 frame(s)" in err
   assert report.is_file() and str(report) in out
+  words = [
+    f"--model={checkpoint_dir}", "--methods=uniform", f"--video={short}",
+    f"--video={clip}", "--question=What [it]?", "--options=red,blue",
+    "--options=", "--ratios=0.25", "--num_frames=4", "--max_new_tokens=2",
+    f"--report={report}", "--config.mesh.data=2",
+  ]  # fmt: skip
+  command.main(command.COMMAND.parse(["answer", *words]))
+  out, _ = capsys.readouterr()
+  assert out.count("16 of 64 (25 %)") == 2
+  assert out.count("second run of 2 questions at once") == 2
+  assert (report.parent / "r_2.html").is_file()
+
+
+def test_flags_are_given_once_or_as_often():
+  words = ["--video=a", "--video=b", "--video=c", "--question=?"]
+  parse = command.COMMAND.parse
+  asked = command.questions(parse(["answer", *words]))
+  assert asked == [(name, "?", []) for name in "abc"]
+  args = parse(["answer", *words, "--options=x|y", "--options=x,y"])
+  with pytest.raises(errors.UserError, match="--options is given 2 times, ano"):
+    command.questions(args)
 
 
 @pytest.mark.parametrize("name", ["video", "question", "methods", "ratios"])

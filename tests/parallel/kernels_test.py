@@ -127,6 +127,16 @@ def test_training_with_kernels_is_that_of_one_device(kernel, data, model):
     outs_one[0], outs_many[0],
   )  # fmt: skip
   np.testing.assert_array_equal(ids, ids_many)
+  # What the two trained policies keep of other videos.
+  other = tiny.batch(4, seed=8)
+  masks = tiny.kept(config, one, other)
+  leaves = jax.tree.leaves(masks)
+  assert leaves and all(len({x.tobytes() for x in leaf}) > 1 for leaf in leaves)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    tiny.kept(config, many, other, data=data, model=model),
+    masks,
+  )
   np.testing.assert_allclose(rewards, rewards_many, rtol=1e-3, atol=1e-4)
   np.testing.assert_allclose(
     metrics.mean["loss"], metrics_many.mean["loss"], rtol=1e-4, atol=1e-6

@@ -1,5 +1,6 @@
 """The doctor on a good set-up and on broken ones, each made here."""
 
+import errno
 import functools
 import json
 import os
@@ -20,6 +21,7 @@ from cacovid_jax.preflight import case as case_lib
 from cacovid_jax.preflight import checks
 from cacovid_jax.synthetic import build, tiny_checkpoints
 from cacovid_jax.training import run
+from tests import object_store
 from tests.evals import tiny
 from tests.models import hub_test
 from tests.preparation import blind_test
@@ -327,12 +329,6 @@ def test_the_cache_that_is_there_needs_no_room(folder):
   assert f"{cache} 0 bytes" in found["disk"].found
 
 
-def test_a_workdir_that_is_a_file(folder):
-  (folder / "workdir").write_text("")
-  found, failed = examine(folder)
-  assert failed[0] == "disk" and "no folder" in found["disk"].found
-
-
 # What stops a run at once: (what harms a folder, changes, check, its words).
 
 
@@ -501,6 +497,91 @@ def test_the_command(folder, capsys):
     doctor.main(parse(folder))
   with pytest.raises(errors.UserError, match="--run=no: choose train or"):
     parse(folder, "--run=no")
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+  """Returns the folder of a store; mirrors are in another one."""
+  for name in ("store", "mirrors"):
+    (tmp_path / name).mkdir()
+  monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "mirrors"))
+  object_store.use(tmp_path / "store")
+  return tmp_path / "store"
+
+
+def failed_line(capsys):
+  """Returns what the one failed check found, and its remedy."""
+  lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.split("\n")
+           if "│" in line]  # fmt: skip
+  rows = []
+  for cells in lines:  # A row goes on where no check stands in front.
+    if cells[0].strip():
+      rows.append([""] * len(cells))
+    rows[-1] = [a + b.strip(" ") for a, b in zip(rows[-1], cells, strict=True)]
+  (one,) = [row for row in rows if row[1] == checks.FAILED]
+  assert one[0] == "disk"
+  return one[2].replace(" ", ""), one[3]
+
+
+@pytest.mark.parametrize("run", ["train", "evaluate"])
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_workdir_that_is_a_file_is_one_line(folder, run, place, capsys):
+  (folder / "file").write_text("")
+  words = f"--workdir={folder / place}", f"--run={run}"
+  assert doctor.main(parse(folder, *words)) == 1
+  found, remedy = failed_line(capsys)
+  assert found == f"{folder / 'file'}isnofolderthatcanbewritten"
+  assert remedy.startswith("give another place")
+
+
+@pytest.mark.parametrize("run", ["train", "evaluate"])
+def test_a_workdir_that_may_not_be_written_is_one_line(
+  folder, run, capsys, monkeypatch
+):
+  real, workdir = os.access, folder / "workdir"
+  workdir.mkdir()
+  # Root may write everywhere.
+  monkeypatch.setattr(
+    os, "access", lambda path, *how: path != workdir and real(path, *how)
+  )
+  words = f"--workdir={workdir}", f"--run={run}"
+  assert doctor.main(parse(folder, *words)) == 1
+  found, remedy = failed_line(capsys)
+  assert found == f"{workdir}isnofolderthatcanbewritten"
+  assert remedy.startswith("give another place")
+
+
+@pytest.mark.parametrize("run", ["train", "evaluate"])
+def test_a_store_that_may_not_be_written_is_one_line(
+  folder, run, store, capsys
+):
+  words = "--workdir=gs://bucket/run", f"--run={run}"
+  assert doctor.main(parse(folder, *words)) == 0
+  assert not object_store.names(store)
+  capsys.readouterr()
+
+  def refuse(denied, operation, path):
+    if operation in denied:
+      raise PermissionError(errno.EACCES, "denied")
+
+  for denied in ("write", "delete"):
+    object_store.use(store, functools.partial(refuse, (denied,)))
+    assert doctor.main(parse(folder, *words)) == 1
+    found, remedy = failed_line(capsys)
+    assert found.startswith(f"cannot{denied}gs://bucket/run/")
+    assert remedy.startswith("see to the bucket's")
+  object_store.use(store, functools.partial(refuse, ("list",)))
+  with pytest.raises(errors.UserError, match="cannot read gs://bucket/run: "):
+    doctor.main(parse(folder, *words))
+
+
+def test_an_object_is_no_workdir(folder, store):
+  path = store / "bucket%2Frun"
+  path.write_text("")
+  args = parse(folder, "--workdir=gs://bucket/run")
+  with pytest.raises(errors.UserError, match="gs://bucket/run is an object, n"):
+    doctor.main(args)
+  assert object_store.names(store) == ["bucket/run"]
 
 
 def test_the_quickstarts_set_up_is_ready(tmp_path):

@@ -182,6 +182,24 @@ def run(config, batches, *, data=1, map_with="shard_map", weights=None,
   return made, current, outs
 
 
+def kept(config, state, batch, *, data=1, model=1):
+  """Returns the tokens and frames that a policy draws first, as masks.
+
+  On a mesh; the state is one that `run` gave there.
+  """
+
+  def draw(state, constants, batch):
+    videos, memory = step.prepare_videos(config, state, constants, batch)
+    return step.rollout(config, constants, videos, memory, max_rung=0)[1]
+
+  made, held = mesh(data, model), constants(config)
+  params = mesh_lib.shard_base_params(held.params, made)
+  specs = (programs.ONE, programs.ONE, programs.EACH), programs.EACH
+  placed = programs.place_batch(batch, made)
+  mapped = jax.jit(mesh_lib.map_over_data(draw, made, *specs))
+  return jax.device_get(mapped(state, held.replace(params=params), placed))
+
+
 def questions(count=6):
   """Returns lettered questions about clips that do not exist."""
   return [

@@ -114,9 +114,10 @@ def _lead(asked) -> str:
 def _note(asked) -> str:
   """Returns what the times include and what they do not."""
   told = "First run: the times include compilation."
+  several = f" of {asked.together} questions at once" * (asked.together > 1)
   if asked.warm_up is not None:
     told = (
-      "Times of a second run; the first one, with compilation, took"
+      f"Times of a second run{several}; the first one, with compilation, took"
       f" {asked.warm_up:.1f} s."
     )
   return (
