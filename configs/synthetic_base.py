@@ -17,6 +17,12 @@ as 16 x 7 x 7 tokens, for `configs/synthetic.py:family=qwen3_vl`.
 
 python -m cacovid_jax.pretrain --workdir workdirs/base_qwen3_vl \
     --config configs/synthetic_base.py:family=qwen3_vl
+
+Not trained to its end yet. Norms of queries and keys bound how sharply this
+decoder looks, and it learns later. Of scenes told in words, after 900 steps of
+128, 44 % of answers are right; 49 % with scales that begin at 1.5 and have ten
+times the rate, as here; 44 and 46 % with one of the two; 50 % without norms and
+with biases, as LLaVA-OneVision has it (one run each on an H200).
 """
 
 import ml_collections
@@ -77,6 +83,7 @@ def _make_qwen3_vl(config, debug):
   config.vision.num_positions = 14 * 14
   config.vision.deep_layers = (0,) if debug else (1, 2)
   config.text.rope_sections = (2, 1, 1) if debug else (6, 5, 5)
+  config.pretrain.norm_scale, config.pretrain.norm_rate = 1.5, 10.0
 
 
 def _make_full(config, debug):
