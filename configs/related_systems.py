@@ -25,6 +25,8 @@ def get_config(arg=None):
   config.emcl = _emcl(size)
   config.hcq = _hcq(size)
   config.quecc = _quecc(size)
+  config.quecc_llm = _quecc_llm(size)
+  config.vqtoken = _vqtoken(size)
   config.law = dict(noise=0.003)
   config.adaptok = _adaptok(size)
   config.infotok = _infotok(size)
@@ -124,4 +126,31 @@ def _quecc(size):
     batch=_of(size, 8, 128, 128),
     test=_of(size, 32, 2000, 8000),
     fit=_fit(size, _of(size, 2, 1500, 6000), 2e-3, 250, 100),
+  )  # fmt: skip
+
+
+def _quecc_llm(size):
+  return dict(
+    # Of which clips, and cells along a side; 7 x 7 tokens are cut into 1, 2, 3,
+    # 4 or 7. The bars are of the first, and of the last, where few objects need
+    # no question.
+    sizes=_of(size, (("dense", 1),), (("sparse", 1),),
+              (("dense", 1), ("dense", 2), ("dense", 4), ("sparse", 1))),
+    count=_of(size, (2, 1), (200, 32), (4000, 250)),
+    policy="",  # "" is the shipped one.
+    width=_of(size, 16, 128, 128),
+    heads=_of(size, 2, 8, 8),
+    batch=_of(size, 2, 16, 64),
+    fit=_fit(size, _of(size, 2, 400, 2000), 2e-3, 50, 50),
+  )  # fmt: skip
+
+
+def _vqtoken(size):
+  return dict(
+    # Of which clips, and clusters; `dense` ones hold more objects.
+    sizes=_of(size, (("sparse", 16),), (("sparse", 16),),
+              (("sparse", 12), ("sparse", 32), ("dense", 32))),
+    count=_of(size, (2, 1), (200, 32), (2000, 250)),
+    batch=_of(size, 2, 16, 64),
+    fit=_fit(size, _of(size, 2, 100, 600), 3e-4, 50, 20),
   )  # fmt: skip

@@ -31,7 +31,9 @@ from cacovid_jax.related import settings
 from cacovid_jax.related import study as study_lib
 from experiments import reporting
 
-SYSTEMS = ("quecc", "law", "hcq", "emcl", "adaptok", "infotok")
+SYSTEMS = (
+  "quecc", "quecc_llm", "law", "hcq", "emcl", "adaptok", "infotok", "vqtoken"
+)  # fmt: skip
 _BAR_HEAD = ("to show", "measured", "holds")
 
 COMMAND = command.Command(

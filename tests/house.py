@@ -29,7 +29,7 @@ FAMILIES = "cacovid_jax/models/checkpoints.py"
 
 # Largest values allowed; the last one is a smallest.
 LIMITS = {
-  "lines": 49_842,
+  "lines": 50_490,
   "files over 400 lines": 2,
   "functions over 50 lines, %": 0.3,
   "functions with more than 7 parameters, %": 0.9,

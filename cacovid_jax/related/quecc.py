@@ -57,6 +57,24 @@ def cells(x, side: int):
   return x, cut(there[None, ..., None])[0, ..., 0]
 
 
+def places(grid, side: int):
+  """Returns (int32[T * S * S], int32[T * H * W]) of cells in a grid (T, H, W).
+
+  The flat place of each cell's middle token, and each token's cell.
+  """
+  T, H, W = grid
+  number = np.arange(T * H * W).reshape(T, H, W, 1)
+  with jax.ensure_compile_time_eval():
+    parts, there = map(np.asarray, cells(jnp.asarray(number), side))
+  parts = parts[..., 0]
+  middle = np.array([np.flatnonzero(one)[one.sum() // 2] for one in there])
+  index = np.take_along_axis(parts, middle[None, :, None], axis=2).reshape(-1)
+  assign = np.zeros(T * H * W, np.int32)
+  row = np.arange(T * side**2).reshape(T, side**2, 1)
+  assign[parts[:, there]] = np.broadcast_to(row, parts.shape)[:, there]
+  return np.int32(index), assign
+
+
 class _Features(nn.Module):
   """Two layers and a norm: what queries, keys and values are made by."""
 
@@ -143,15 +161,7 @@ class Cells(base.Compressor, name="quecc"):
         f" blind={self.blind} and {side} x {side} tokens of {H} x {W} ones;"
         " give what they were trained with"
       ) from error
-    number = np.arange(T * H * W).reshape(T, H, W, 1)
-    parts, there = cells(jnp.asarray(number), side)
-    parts, there = np.asarray(parts)[..., 0], np.asarray(there)
-    middle = np.array([np.flatnonzero(one)[one.sum() // 2] for one in there])
-    index = np.take_along_axis(parts, middle[None, :, None], axis=2).reshape(-1)
-    assign = np.zeros(T * H * W, np.int32)
-    row = np.arange(T * side**2).reshape(T, side**2, 1)
-    row = np.broadcast_to(row, parts.shape)
-    assign[parts[:, there]] = row[:, there]
+    index, assign = places(inputs.grid, side)
     rows = rows.reshape(num_keep, -1).astype(inputs.features.dtype)
     return base.arrange(rows, jnp.asarray(index), jnp.asarray(assign))
 

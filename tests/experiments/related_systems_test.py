@@ -51,6 +51,8 @@ def test_unknown_systems_and_other_configs_are_one_line(tmp_path):
     ("adaptok.mean_levels=(2, -4)", "config.adaptok.mean_levels"),
     ("clips.variant=denser", "config.clips.variant is 'denser'"),
     ("seeds=(-1,)", "config.seeds"),
+    ("quecc_llm.sizes=(('denser', 1),)", "config.quecc_llm.sizes"),
+    ("vqtoken.sizes=(('dense', 0),)", "config.vqtoken.sizes"),
   ],
 )
 def test_settings_of_no_sense_are_one_line(given, told, tmp_path):
