@@ -239,7 +239,8 @@ class DecoderLayer(Part):
       causal: static; False lets every token see every valid one.
       lengths: int32[B] valid tokens of each row (right padding) or, with a
         cache, valid rows of the cache; None when all are valid.
-      mask: bool[B, L, L], True where a query may see a key.
+      mask: bool[B, L, L], True where a query may see a key; with `earlier`
+        bool[B, L, P + L].
       cache: None or (keys, values) float[B, S, K, H] of earlier tokens; then
         L is 1 and `lengths` is required.
       write: static; True writes the new row into the cache, which is then what
@@ -265,10 +266,11 @@ class DecoderLayer(Part):
     qkv = layers_lib.products(self, "qkv_proj", widths, h, cfg.attention_bias)
     q, k, v = (x.reshape(*x.shape[:-1], -1, cfg.head_dim) for x in qkv)
     q, k = rotate(q, "q"), rotate(k, "k")
-    before = 0 if earlier is None else earlier[0].shape[1]
-    if before:
-      # Nobody reads what the queries in front find: kernels want square maps.
-      q = jnp.pad(q, [(0, 0), (before, 0), (0, 0), (0, 0)])
+    before = 0 if earlier is None or mask is not None else earlier[0].shape[1]
+    # Nobody reads what the queries in front find: kernels that have no mask
+    # want square maps.
+    q = jnp.pad(q, [(0, 0), (before, 0), (0, 0), (0, 0)]) if before else q
+    if earlier is not None:
       old = (jnp.repeat(one, len(x) // len(one), axis=0) for one in earlier)
       k, v = (jnp.concatenate([next(old), new], axis=1) for new in (k, v))
     if write:

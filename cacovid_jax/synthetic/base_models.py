@@ -68,12 +68,10 @@ def model_of(config, tokenizer):
 
 def prompts_of(family: Family, model, tokenizer, pack) -> packed.PackedPrompts:
   """Returns what reads the batches of a `PackingConfig`."""
-  stage, count = pack.stage, pack.questions_per_clip
+  stage = pack.stage
   seconds = [told for _, told in family.lengths(stage)] or [None]
   heads = packed.heads_of(model, tokenizer, stage.grid, seconds)
-  return packed.PackedPrompts(
-    model, heads, count, pack.question_length, family.arrange(model, stage)
-  )
+  return packed.PackedPrompts(model, heads, family.arrange(model, stage))
 
 
 def _computed(config):

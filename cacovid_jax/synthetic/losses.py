@@ -3,8 +3,8 @@
 An answer-only loss on lettered questions stays at guessing; what makes the
 model learn is the sum of six losses (weights in the config):
 
-  full      answers with the whole video, several questions packed behind one
-            shared video prefix (block-diagonal mask, same positions);
+  full      answers with the whole video, which several questions go on from,
+            each by itself (the video is read once, same positions);
   pruned    answers with a random subset of the video tokens, most of which
             hold the decisive ones; its gradient stops before the tower, or
             the tower would learn to copy every object into all tokens of its

@@ -1,4 +1,4 @@
-"""A small base model on questions packed behind one video.
+"""A small base model on several questions behind one video.
 
 Axes: B clips, T frames, N video tokens, Q questions of a clip, A tokens of a
 question with its answer, K kept video tokens, L of a whole prompt, H of its
@@ -68,12 +68,10 @@ class TowerOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackedPrompts:
-  """Layout: a head with N video tokens, then packed questions."""
+  """Layout: a head with N video tokens, and questions that go on from it."""
 
   model: Any  # A `models.video_llm.VideoLLM`.
   heads: Heads
-  num_questions: int
-  question_length: int
   # Of float[F, h, w, 3] frames of one clip to its `TowerInputs`.
   arrange: Callable[[Any], Any]
 
@@ -96,23 +94,15 @@ class PackedPrompts:
       return None
     return jnp.arange(self.text_start) < head.length[:, None, None]
 
-  def packed_mask(self, head) -> jax.Array:
-    """Returns bool[B or 1, L, L]: causal, and no question sees another."""
-    length = self.num_questions * self.question_length
-    question = 1 + np.arange(length) // self.question_length
-    # A program computes it: as a constant, thousands of rows are 50 MB of it.
-    segment = jnp.pad(question, (self.text_start, 0))
-    causal = jnp.tril(jnp.ones((len(segment),) * 2, bool))
-    same = segment[:, None] == segment[None, :]
-    mask = (causal & (same | (segment == 0)[None, :]))[None]
-    if (seen := self.seen(head)) is not None:
-      mask &= _beside(seen, length)
-    return mask
-
-  def packed_positions(self, head) -> jax.Array:
-    """Returns int32[B, P, L]: every question starts right behind the head."""
-    offsets = np.tile(np.arange(self.question_length), self.num_questions)
-    return _with_text(head, head.positions, offsets)
+  def question_mask(self, head, length: int) -> jax.Array:
+    """Returns bool[B or 1, A, H + A]: the head, and a question up to itself."""
+    own = jnp.tril(jnp.ones((1, length, length), bool))
+    seen = self.seen(head)
+    seen = jnp.ones((1, 1, self.text_start), bool) if seen is None else seen
+    seen, own = (
+      jnp.broadcast_to(x, (len(seen), length, x.shape[-1])) for x in (seen, own)
+    )
+    return jnp.concatenate([seen, own], axis=-1)
 
   def encode(self, params, pixels) -> TowerOutput:
     """Returns what the tower gives of clips float32[B, F, h, w, 3]."""
@@ -131,15 +121,29 @@ class PackedPrompts:
     return embed(params, rows, features, head.video_rows)
 
   def full_logits(self, params, video: TowerOutput, ids, which=None):
-    """Returns float32[B, Q, A, V] of whole videos; ids int32[B, Q, A]."""
+    """Returns float32[B, Q, A, V] of whole videos; ids int32[B, Q, A].
+
+    A head is read once, and each question beside it: they see no other.
+    """
     batch, num_questions, length = ids.shape
     head = self.chosen(which, batch)
-    x = self._embed(params, video.features, head, ids.reshape(batch, -1))
-    hidden, _ = self.model.forward(
-      params, x, self.packed_positions(head), mask=self.packed_mask(head),
-      causal=False, **_deep(video.deep, head.video_rows),
+    x = self._embed(params, video.features, head, ids[:, 0, :0])
+    # Causal: what pads a head comes last, and no row that is there sees it.
+    _, out = self.model.forward(
+      params, x, head.positions, want_cache=True,
+      **_deep(video.deep, head.video_rows),
     )  # fmt: skip
-    hidden = hidden[:, self.text_start :]
+
+    def each(x):
+      return jnp.repeat(x, num_questions, axis=0)
+
+    mask = self.question_mask(head, length)
+    positions = _with_text(head, head.positions[..., :0], np.arange(length))
+    hidden, _ = self.model.forward(
+      params, self.model.embed_text(params, ids.reshape(-1, length)),
+      each(positions), mask=mask if len(mask) == 1 else each(mask),
+      causal=False, earlier=(out["keys"], out["values"]),
+    )  # fmt: skip
     hidden = hidden.reshape(batch, num_questions, length, -1)
     return self.model.logits(params, hidden)
 

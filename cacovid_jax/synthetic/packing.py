@@ -32,7 +32,7 @@ class PackingConfig:
   tokenizer_file: str  # Path of tokenizer.json.
   seed: int = 0  # Batch i is a function of (seed, i).
   batch_size: int = 64  # Clips per step.
-  questions_per_clip: int = 8  # Packed behind one shared video prefix.
+  questions_per_clip: int = 8  # Behind one shared video prefix.
   question_length: int = 68  # Tokens per question, answer included.
   text_only: int = 64  # Rows per step whose scene is told in words.
   text_only_length: int = 128  # Tokens of such a row.

@@ -43,9 +43,6 @@ def made(tmp_path_factory):
     jax.eval_shape(model.init, jax.random.key(0)),
   )
   prompts = base_models.prompts_of(family, model, tokenizer, pack)
-  prompts = packed.PackedPrompts(
-    model, prompts.heads, QUESTIONS, LENGTH, prompts.arrange
-  )
   return config, tokenizer, model, params, pack, prompts
 
 

@@ -50,7 +50,7 @@ def head(prefix, num_video):
 
 def layout():
   heads = head(PREFIX, NUM_VIDEO)
-  return packed.PackedPrompts(tiny()[0], heads, QUESTIONS, LENGTH, None)
+  return packed.PackedPrompts(tiny()[0], heads, None)
 
 
 VIDEO_ROWS = len(PREFIX) + np.arange(NUM_VIDEO)
@@ -92,24 +92,18 @@ def test_packed_questions_are_answered_as_separate_prompts():
   np.testing.assert_allclose(found, separate(), atol=2e-5)
 
 
-def test_the_packed_mask_by_hand():
-  prompts = packed.PackedPrompts(None, head((1,), 1), 2, 2, None)
-  chosen = prompts.chosen(None, 1)
-  (mask,) = prompts.packed_mask(chosen)
-  # Prefix, video token, newline; two questions of two tokens each.
-  expected = """
-    1......
-    11.....
-    111....
-    1111...
-    11111..
-    111..1.
-    111..11
-  """.split()
-  found = ["".join("1" if seen else "." for seen in row) for row in mask]
-  assert found == expected
-  positions = prompts.packed_positions(chosen)
-  assert positions.tolist() == [[[0, 1, 2, 3, 4, 3, 4]]]
+def test_what_a_question_sees_by_hand():
+  # Two heads: prefix, video token, newline; the same without a newline.
+  heads = head((1,), 1)
+  both = [jnp.concatenate([x, x]) for x in heads]
+  heads = packed.Heads(*both)._replace(length=np.int32([3, 2]))
+  prompts = packed.PackedPrompts(None, heads, None)
+  mask = prompts.question_mask(prompts.chosen(np.array([0, 1]), 2), 2)
+  found = [["".join(".1"[int(x)] for x in row) for row in one] for one in mask]
+  assert found == [["1111.", "11111"], ["11.1.", "11.11"]]
+  prompts = packed.PackedPrompts(None, head((1,), 1), None)
+  mask = prompts.question_mask(prompts.chosen(None, 3), 2)
+  assert mask.tolist() == [[[True] * 4 + [False], [True] * 5]]
 
 
 def pruned(ids, index, valid, merged=None, features=None):
