@@ -90,7 +90,8 @@ _LIMITS = (
     schema.Weight,
     "objective.clip_high objective.kl_weight optimizer.lr_heads"
     " optimizer.lr_layer optimizer.weight_decay table.tolerance pretrain.lr"
-    " pretrain.weight_decay pretrain.weights.full pretrain.weights.pruned"
+    " pretrain.weight_decay pretrain.norm_scale pretrain.norm_rate"
+    " pretrain.weights.full pretrain.weights.pruned"
     " pretrain.weights.told pretrain.weights.labels pretrain.weights.size"
     " pretrain.weights.asked",
   ),

@@ -239,8 +239,7 @@ class DecoderLayer(Part):
       causal: static; False lets every token see every valid one.
       lengths: int32[B] valid tokens of each row (right padding) or, with a
         cache, valid rows of the cache; None when all are valid.
-      mask: bool[B, L, L], True where a query may see a key; with `earlier`
-        bool[B, L, P + L].
+      mask: bool[B, L, L or P + L], True where a query may see a key.
       cache: None or (keys, values) float[B, S, K, H] of earlier tokens; then
         L is 1 and `lengths` is required.
       write: static; True writes the new row into the cache, which is then what
@@ -267,8 +266,7 @@ class DecoderLayer(Part):
     q, k, v = (x.reshape(*x.shape[:-1], -1, cfg.head_dim) for x in qkv)
     q, k = rotate(q, "q"), rotate(k, "k")
     before = 0 if earlier is None or mask is not None else earlier[0].shape[1]
-    # Nobody reads what the queries in front find: kernels that have no mask
-    # want square maps.
+    # Nobody reads what these find: without a mask, kernels want square maps.
     q = jnp.pad(q, [(0, 0), (before, 0), (0, 0), (0, 0)]) if before else q
     if earlier is not None:
       old = (jnp.repeat(one, len(x) // len(one), axis=0) for one in earlier)

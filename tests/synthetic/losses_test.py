@@ -387,7 +387,7 @@ def test_probe_rules_keep_their_budget(kept):
 
 def test_layers_take_steps_of_one_size_in_all_directions():
   config = types.SimpleNamespace(
-    lr=0.1, warmup_steps=1, num_steps=1000, weight_decay=0.0
+    lr=0.1, warmup_steps=1, num_steps=1000, weight_decay=0.0, norm_rate=1.0
   )
   tx, schedule = pretraining.make_tx(config)
   params = {
