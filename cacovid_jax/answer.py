@@ -13,11 +13,9 @@ the embedded benchmark answers; it knows questions with options, about clips as
 `python -m cacovid_jax.prepare` draws them.
 
 --video, --question and --options may be given several times, one of them for
-each question; what is given once is that of all. The devices of
-config.mesh.data answer as many questions at once.
+each question; what is given once is that of all. Several devices answer as many
+questions at once, by default all that there are, or config.mesh.data of them.
 """
-
-import pathlib
 
 from cacovid_jax import command, errors, files, terminal
 from cacovid_jax.evals.report import answer as answer_page
@@ -85,13 +83,12 @@ def main(args):
   asked, evals = questions(args), args.config.evals
   reports = []
   if args.report:
-    path = pathlib.Path(args.report)
-    more = range(2, len(asked) + 1)
-    reports = [path, *(path.with_stem(f"{path.stem}_{n}") for n in more)]
-    for report in reports:
-      files.check_writable(report, "--report")
+    reports = [files.check_writable(args.report, "--report")]
+    for number in range(2, len(asked) + 1):
+      path = reports[0].with_stem(f"{reports[0].stem}_{number}")
+      reports.append(files.check_writable(path, "--report"))
   with answerer_lib.Answerer.from_config(
-    args.config, count=len(asked)
+    args.config, at_once=len(asked)
   ) as answerer:
     found = answerer.ask_all(
       asked,

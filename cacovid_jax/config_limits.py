@@ -90,12 +90,12 @@ _LIMITS = (
     schema.Weight,
     "objective.clip_high objective.kl_weight optimizer.lr_heads"
     " optimizer.lr_layer optimizer.weight_decay table.tolerance pretrain.lr"
-    " pretrain.weight_decay pretrain.norm_scale pretrain.norm_rate"
+    " pretrain.weight_decay pretrain.norm_rate"
     " pretrain.weights.full pretrain.weights.pruned"
     " pretrain.weights.told pretrain.weights.labels pretrain.weights.size"
     " pretrain.weights.asked",
   ),
-  (schema.Positive, "optimizer.clip text.rope_theta"),
+  (schema.Positive, "optimizer.clip text.rope_theta pretrain.norm_scale"),
   # Above it, float32 would not tell a step of the average from none.
   (schema.within(float, 0, 0.9999), "optimizer.average"),
   (

@@ -59,6 +59,8 @@ def main(args) -> int:
   for mesh in args.meshes:
     fine = re.fullmatch("[1-9][0-9]?x[1-9][0-9]?", mesh)
     errors.check(fine, f"--meshes={mesh}: write DATAxMODEL, such as 2x2")
+  known = not args.only or args.only in args.meshes
+  errors.check(known, f"--only={args.only}: give one of --meshes")
   workdir = pathlib.Path(args.workdir).absolute()
   if args.only:
     return row(args, workdir)
@@ -71,9 +73,11 @@ def main(args) -> int:
   run, code = directory_run.Runner(workdir), 0
   for mesh in args.meshes:
     if run(mesh, "experiments.mesh_table", [*words, f"--only={mesh}"]).code:
-      terminal.tell(f"{mesh} went wrong; see {workdir / mesh}.log")
+      log = workdir / f"{mesh}.log"
+      *_, last = ["", *log.read_text().strip().splitlines()]
+      terminal.tell(f"{mesh} went wrong: {last} (all of it: {log})")
       code = 1
-  reporting.files(workdir, FILES)
+  reporting.files(workdir, [x for x in FILES if (workdir / x).exists()])
   return code
 
 
@@ -111,7 +115,8 @@ def measure(args, workdir) -> dict:
   def update():
     nonlocal state
     state, _, earned, _ = run.programs.run(state, run.constants, batch)
-    found.setdefault("rewards", np.ravel(earned).tolist())
+    if "rewards" not in found:  # Of the first, which is not timed.
+      found["rewards"] = np.ravel(earned).tolist()
     return state
 
   found["training_ms"] = timing.measure(update, args.repeats).ms / args.videos

@@ -91,6 +91,7 @@ class Answerer(contextlib.ExitStack):
     dtype: str = "float32",
     rule: str = letters.OWN,
     limits: video.Limits | None = None,
+    at_once: int = 1,
   ):
     """Loads the weights.
 
@@ -104,6 +105,7 @@ class Answerer(contextlib.ExitStack):
       dtype: of weights and computation.
       rule: how a letter is taken from an answer, see `data.letters`.
       limits: caps on what is decoded.
+      at_once: questions that `ask_all` shares among the devices.
     """
     if num_frames is not None:
       engine_lib.Settings(num_frames=num_frames)  # Refuses what is no number.
@@ -116,29 +118,29 @@ class Answerer(contextlib.ExitStack):
     }
     if policy is not None:
       changes["evals.policies"] = (f"policy={os.fspath(policy)}",)
-    self._load(config_lib.replace(base_config.get_config(), changes), limits)
+    config = config_lib.replace(base_config.get_config(), changes)
+    self._load(config, limits, at_once)
 
   @classmethod
-  def from_config(cls, config, limits: video.Limits | None = None, count=1):
+  def from_config(cls, config, limits: video.Limits | None = None, at_once=1):
     """Returns the answerer of `model`, `data`, `evals` and `mesh` of a config.
 
     Empty or 0, the model, the frames and new tokens are the usual ones, and
-    `mesh.data` as many devices as the `count` of questions takes.
+    `mesh.data` as many devices as there are questions `at_once`.
     """
     made = cls.__new__(cls)
-    made._load(config, limits, count)
+    made._load(config, limits, at_once)
     return made
 
-  def _load(self, config, limits, count=1):
+  def _load(self, config, limits, at_once):
     super().__init__()
     self.shipped = not config.model.path
     config = experiment_lib.with_shipped(config)
     left = max(jax.device_count() // max(config.mesh.model, 1), 1)
-    size = config.mesh.data or min(count, left)
+    size = config.mesh.data or min(at_once, left)
     errors.check(
-      size <= count,
-      f"config.mesh.data={size} devices share {count} question(s); lower it, or"
-      " ask as many at once",
+      size <= at_once,
+      f"config.mesh.data={size} devices share {at_once} question(s); lower it",
     )
     changes = {
       "mesh.data": size,
@@ -148,9 +150,8 @@ class Answerer(contextlib.ExitStack):
       "data.media": "",
       "data.feature_cache": "",  # Times are those of encoding.
     }
-    experiment = experiment_lib.Experiment.from_config(
-      config_lib.replace(config, changes)
-    )
+    config = config_lib.replace(config, changes)
+    experiment = experiment_lib.Experiment.from_config(config)
     self.experiment, self._limits, self._sources = experiment, limits, {}
     num_tokens = config.evals.max_new_tokens or _MAX_NEW_TOKENS
     rule, empty = config.evals.rule or letters.OWN, config.evals.empty_frames
@@ -391,10 +392,9 @@ def _timed(engine, questions, condition) -> list[engine_lib.AnswerResult]:
   answers = engine.answers(questions, condition)
   milliseconds = collections.defaultdict(float)
   for name, seconds in engine.seconds.items():
-    stage = _STAGES.get(name.partition(" ")[0])
     # Without a method, the prefill of the whole prompt is the answer's.
-    if name == "vanilla" and condition.method is None:
-      stage = "answer"
+    whole = name == "vanilla" and condition.method is None
+    stage = "answer" if whole else _STAGES.get(name.partition(" ")[0])
     if stage:
       milliseconds[stage] += 1e3 * seconds
   return [one._replace(milliseconds=dict(milliseconds)) for one in answers]

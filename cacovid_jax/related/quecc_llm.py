@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cacovid_jax import errors
 from cacovid_jax.related import answers as answers_lib
 from cacovid_jax.related import fitting, quecc
 from cacovid_jax.related import study as study_lib
@@ -137,9 +138,16 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
   """Returns the comparison at each number of tokens a frame.
 
   Raises:
-    UserError: cells along a side do not fit the grid.
+    UserError: no sizes, cells along a side that do not fit the grid, or heads
+      that do not divide the width.
   """
   del clips
+  errors.check(settings.sizes, "config.quecc_llm.sizes: give at least one")
+  errors.check(
+    settings.width % settings.heads == 0,
+    f"config.quecc_llm.width {settings.width}: give a multiple of"
+    f" heads={settings.heads}",
+  )
   for _, side in settings.sizes:
     quecc.places(world.SMALL.grid, side)
   variants = dict.fromkeys(variant for variant, _ in settings.sizes)

@@ -125,9 +125,10 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
   """Returns the comparison of trained with frozen at numbers of clusters.
 
   Raises:
-    UserError: a clip has fewer tokens than clusters.
+    UserError: no sizes, or a clip has fewer tokens than clusters.
   """
   del clips
+  errors.check(settings.sizes, "config.vqtoken.sizes: give at least one")
   known = {}
   for variant, num_keep in settings.sizes:
     if num_keep >= world.SMALL.num_tokens:

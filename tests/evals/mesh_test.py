@@ -141,7 +141,7 @@ def test_devices_answer_as_many_questions(
       max_new_tokens=2,
       **dict(zip(("mesh.data", "mesh.model"), axes, strict=True)),
     )
-    with answerer_lib.Answerer.from_config(made.config, count=5) as answerer:
+    with answerer_lib.Answerer.from_config(made.config, at_once=5) as answerer:
       assert answerer.experiment.mesh.shape["data"] == (axes[0] or 2)
       for method in methods:
         answers = answerer.ask_all(asked, method=method, **how)
@@ -158,12 +158,14 @@ def test_devices_answer_as_many_questions(
   for method, (expected, *others) in found.items():
     assert len({str(one[1][2]) for one in expected}) > 1
     assert others == [expected] * 3, method
+  with answerer_lib.Answerer(checkpoint_dir, at_once=3) as answerer:
+    assert answerer.experiment.mesh.shape["data"] == 3
 
 
 @pytest.mark.parametrize(
   ("mesh", "match"),
   [
-    ({"mesh.data": 3}, "data=3 devices share 2 question.s.; lower it, or ask"),
+    ({"mesh.data": 3}, "data=3 devices share 2 question.s.; lower it"),
     ({"mesh.data": 2, "mesh.model": 8}, "needs 16 devices and there are 8"),
     ({"mesh.data": 2, "mesh.model": 3}, "model=3 does not divide the base mod"),
   ],
@@ -171,7 +173,7 @@ def test_devices_answer_as_many_questions(
 def test_a_mesh_that_two_questions_do_not_fit(checkpoint_dir, mesh, match):
   made = tiny.experiment(None, checkpoint=checkpoint_dir, **mesh)
   with pytest.raises(errors.UserError, match=match) as caught:
-    answerer_lib.Answerer.from_config(made.config, count=2)
+    answerer_lib.Answerer.from_config(made.config, at_once=2)
   assert "\n" not in str(caught.value)
 
 

@@ -408,13 +408,15 @@ def test_a_report_that_cannot_be_there_is_refused_before_the_work(
 ):
   (tmp_path / "file").write_text("")
   monkeypatch.setattr(answerer_lib.Answerer, "from_config", None)
+  more = ("--question=and?",)
   for report, match in (
+    (".", "is a folder; give --report"),
     (tmp_path, "is a folder; give --report"),
     (tmp_path / "file" / "report.html", "file is no folder"),
     (tmp_path / ("x" * 300), "File name too long"),
   ):
     arguments = ("--video=a.mp4", "--question=?", f"--report={report}")
-    args = command.COMMAND.parse(["answer", *arguments])
+    args = command.COMMAND.parse(["answer", *arguments, *more])
     with pytest.raises(errors.UserError, match=match):
       command.main(args)
 

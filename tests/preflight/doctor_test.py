@@ -570,6 +570,8 @@ def test_a_store_that_may_not_be_written_is_one_line(
     found, remedy = failed_line(capsys)
     assert found.startswith(f"cannot{denied}gs://bucket/run/")
     assert remedy.startswith("see to the bucket's")
+  # What may not be deleted stays, where no run looks.
+  assert object_store.names(store) == ["bucket/run/locks/doctor"]
   object_store.use(store, functools.partial(refuse, ("list",)))
   with pytest.raises(errors.UserError, match="cannot read gs://bucket/run: "):
     doctor.main(parse(folder, *words))

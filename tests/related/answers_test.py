@@ -148,7 +148,14 @@ def test_sizes_of_no_sense_are_one_line():
   config.quecc_llm.sizes = (("dense", 5),)
   with pytest.raises(errors.UserError, match="5 x 5 cells do not fit"):
     quecc_llm.study(config.quecc_llm, (0,), None)
-  config.quecc_llm.update(sizes=(("dense", 1),), policy="nowhere")
+  for own, module in ((config.vqtoken, vqtoken), (config.quecc_llm, quecc_llm)):
+    own.sizes = ()
+    with pytest.raises(errors.UserError, match="sizes: give at least one"):
+      module.study(own, (0,), None)
+  config.quecc_llm.update(sizes=(("dense", 1),), heads=3)
+  with pytest.raises(errors.UserError, match="width 16: give a multiple of he"):
+    quecc_llm.study(config.quecc_llm, (0,), None)
+  config.quecc_llm.update(heads=2, policy="nowhere")
   study = quecc_llm.study(config.quecc_llm, (0,), None)
   with pytest.raises(errors.UserError, match="nowhere"):
     study.cells[0].run()
