@@ -109,7 +109,8 @@ def measure(args, workdir) -> dict:
   asked.adopt(trained)
   policy = loading.LoadedPolicy.of(run.config.policy, run.init_params())
   found = evaluate(asked, policy, workdir / "data", args)
-  found["evaluation_gib"], state = _peak(asked.mesh), run.init_state()
+  devices, state = [*asked.mesh.devices.flat], run.init_state()
+  found["evaluation_gib"] = timing.peak_gib(devices)
   batch = programs.place_batch(next(run.batches(0))[0], run.mesh)
 
   def update():
@@ -120,7 +121,7 @@ def measure(args, workdir) -> dict:
     return state
 
   found["training_ms"] = timing.measure(update, args.repeats).ms / args.videos
-  return found | {"training_gib": _peak(asked.mesh)}
+  return found | {"training_gib": timing.peak_gib(devices)}
 
 
 def evaluate(experiment, policy, folder, args) -> dict:
@@ -146,12 +147,6 @@ def evaluate(experiment, policy, folder, args) -> dict:
   for name in ("text", "letter"):
     found[name] = [logs[0][_CELL.key(one.id)][name] for one in questions]
   return found | {"evaluation_ms": ms}
-
-
-def _peak(mesh) -> float:
-  """Returns the most GiB that a device of the mesh has held, 0 if unknown."""
-  stats = [device.memory_stats() or {} for device in mesh.devices.flat]
-  return max(one.get("peak_bytes_in_use", 0) for one in stats) / 2**30
 
 
 def markdown(rows) -> str:

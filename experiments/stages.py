@@ -257,9 +257,9 @@ def timed(engine, stage, ratio, repeats) -> dict[str, float]:
   each |= engine.facts | {"first_s": found.first_s}
   if stage == "load":
     each["limit_ms"] = timed(engine, "read", ratio, repeats)["ms"]
-  stats = jax.devices()[0].memory_stats()
-  if stats and engine.wait is jax.block_until_ready:  # Not of another library.
-    each["peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+  held = timing.peak_gib(jax.devices()[:1])
+  if held and engine.wait is jax.block_until_ready:  # Not of another library.
+    each["peak_gib"] = held
   return each
 
 

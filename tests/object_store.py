@@ -81,6 +81,15 @@ def use(root, before=None):
   fsspec.register_implementation("gs", ObjectStore, clobber=True)
 
 
+def made(folder, patch):
+  """Returns the folder of an empty store, in use; mirrors lie beside it."""
+  for name in ("store", "mirrors"):
+    (folder / name).mkdir()
+  patch.setattr("tempfile.tempdir", str(folder / "mirrors"))
+  use(folder / "store")
+  return folder / "store"
+
+
 def names(root, prefix=""):
   """Returns the objects of a store that begin so, in order."""
   found = map(urllib.parse.unquote, os.listdir(root))

@@ -11,6 +11,12 @@ from typing import Any, NamedTuple
 import jax
 
 
+def peak_gib(devices) -> float:
+  """Returns the most GiB that one of the devices has held, 0 if unknown."""
+  stats = [device.memory_stats() or {} for device in devices]
+  return max(one.get("peak_bytes_in_use", 0) for one in stats) / 2**30
+
+
 class Timing(NamedTuple):
   """What several runs of one function took."""
 

@@ -211,9 +211,10 @@ class Answerer(contextlib.ExitStack):
     if any(condition.method for condition in conditions):
       self._check(chosen)
     paths, groups = [os.fspath(one[0]) for one in asked], {}
-    clips = [(path, self._probe(path)) for path in paths]
+    clips = {path: self._probe(path) for path in dict.fromkeys(paths)}
+    grids = {path: self._grid(path) for path in clips}
     for place, path in enumerate(paths):
-      groups.setdefault(self._grid(path), []).append(place)
+      groups.setdefault(grids[path], []).append(place)
     engines = {
       grid: self._engine(grid, [questions[n] for n in own], chosen, conditions)
       for grid, own in groups.items()
@@ -225,11 +226,9 @@ class Answerer(contextlib.ExitStack):
         given = [questions[n] for n in part], conditions, warm_up
         seconds, first_run, answers = _run(engines[grid], *given)
         for place, own_answers in zip(part, answers, strict=True):
-          told = questions[place], *clips[place]
-          found[place] = ClipAnswers(
-            *told, grid, own_answers, seconds, first_run,
-            self._warnings(grid, *told), together=len(part),
-          )  # fmt: skip
+          told = questions[place], paths[place], clips[paths[place]]
+          more = own_answers, seconds, first_run, self._warnings(grid, *told)
+          found[place] = ClipAnswers(*told, grid, *more, together=len(part))
     return [found[place] for place in range(len(asked))]
 
   def _engine(self, grid, questions, method, conditions) -> engine_lib.Engine:

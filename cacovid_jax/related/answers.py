@@ -81,14 +81,11 @@ class Answers:
   @functools.cache  # noqa: B019 (a run has a few of these)
   def asked(self, split: str) -> Asked:
     """Returns the questions of "train" or "test"."""
-    packer, clips = packing.Packer(self._pack), []
     number = ("train", "test").index(split)
     # No batch of the base model's pretraining begins like this.
     rng = np.random.default_rng((number, 2**31 + 1, len(self.variant)))
-    for _ in range(self.count[number]):
-      scene = world.sample_scene(rng, world.VARIANTS[self.variant])
-      clips.append(packer.clip(rng, scene, 0.0))
-    batch = packing.stacked(clips)
+    count = self.count[number]
+    batch = packing.lettered(self._pack, rng, self.variant, count)
     clip, place = np.nonzero(batch["kind"] >= 0)
     letter = batch["target"][clip, place].argmax(axis=-1)
     ids = batch["ids"][clip, place]

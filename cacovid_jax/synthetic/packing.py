@@ -130,6 +130,15 @@ def stacked(clips: list[dict]) -> dict:
   return {key: np.stack([clip[key] for clip in clips]) for key in clips[0]}
 
 
+def lettered(config, rng, variant: str, num_clips: int) -> dict:
+  """Returns the arrays of clips of a variant, whose questions are lettered."""
+  packer, clips = Packer(config), []
+  for _ in range(num_clips):
+    scene = world.sample_scene(rng, world.VARIANTS[variant])
+    clips.append(packer.clip(rng, scene, 0.0))
+  return stacked(clips)
+
+
 class Packer:
   """Makes batch i from (seed, i); one per worker process."""
 

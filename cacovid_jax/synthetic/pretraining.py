@@ -280,12 +280,8 @@ def summarise(hits, kinds):
 
 def held_out(config: packing.PackingConfig, variant: str, num_clips: int):
   """Returns a batch of lettered questions that training never sees."""
-  packer, clips = packing.Packer(config), []
   rng = np.random.default_rng((config.seed, 2**31, len(variant)))
-  for _ in range(num_clips):
-    scene = world.sample_scene(rng, world.VARIANTS[variant])
-    clips.append(packer.clip(rng, scene, 0.0))
-  return packing.stacked(clips)
+  return packing.lettered(config, rng, variant, num_clips)
 
 
 def train(prompts, tokenizer, pack, config, state, start=0):

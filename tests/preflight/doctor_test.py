@@ -501,12 +501,7 @@ def test_the_command(folder, capsys):
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-  """Returns the folder of a store; mirrors are in another one."""
-  for name in ("store", "mirrors"):
-    (tmp_path / name).mkdir()
-  monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "mirrors"))
-  object_store.use(tmp_path / "store")
-  return tmp_path / "store"
+  return object_store.made(tmp_path, monkeypatch)
 
 
 def failed_line(capsys):
@@ -523,15 +518,20 @@ def failed_line(capsys):
   return one[2].replace(" ", ""), one[3]
 
 
+def is_refused(folder, workdir, run, capsys, place):
+  """Looks at a set-up whose workdir fails because of a place."""
+  words = f"--workdir={workdir}", f"--run={run}"
+  assert doctor.main(parse(folder, *words)) == 1
+  found, remedy = failed_line(capsys)
+  assert found == f"{place}isnofolderthatcanbewritten"
+  assert remedy.startswith("give another place")
+
+
 @pytest.mark.parametrize("run", ["train", "evaluate"])
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_a_workdir_that_is_a_file_is_one_line(folder, run, place, capsys):
   (folder / "file").write_text("")
-  words = f"--workdir={folder / place}", f"--run={run}"
-  assert doctor.main(parse(folder, *words)) == 1
-  found, remedy = failed_line(capsys)
-  assert found == f"{folder / 'file'}isnofolderthatcanbewritten"
-  assert remedy.startswith("give another place")
+  is_refused(folder, folder / place, run, capsys, folder / "file")
 
 
 @pytest.mark.parametrize("run", ["train", "evaluate"])
@@ -544,11 +544,7 @@ def test_a_workdir_that_may_not_be_written_is_one_line(
   monkeypatch.setattr(
     os, "access", lambda path, *how: path != workdir and real(path, *how)
   )
-  words = f"--workdir={workdir}", f"--run={run}"
-  assert doctor.main(parse(folder, *words)) == 1
-  found, remedy = failed_line(capsys)
-  assert found == f"{workdir}isnofolderthatcanbewritten"
-  assert remedy.startswith("give another place")
+  is_refused(folder, workdir, run, capsys, workdir)
 
 
 @pytest.mark.parametrize("run", ["train", "evaluate"])

@@ -44,13 +44,8 @@ class Clock:
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-  """A folder that is a store; the mirrors lie beside it."""
-  for name in ("store", "mirrors"):
-    (tmp_path / name).mkdir()
-  monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "mirrors"))
   monkeypatch.setattr(store_lib, "time", Clock())
-  object_store.use(tmp_path / "store")
-  return tmp_path / "store"
+  return object_store.made(tmp_path, monkeypatch)
 
 
 def refusing(*operations, error):

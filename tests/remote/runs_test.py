@@ -25,11 +25,7 @@ URL = "gs://bucket/run"
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-  for name in ("store", "mirrors"):
-    (tmp_path / name).mkdir()
-  monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "mirrors"))
-  object_store.use(tmp_path / "store")
-  return tmp_path / "store"
+  return object_store.made(tmp_path, monkeypatch)
 
 
 def run_python(code, *arguments):
