@@ -14,13 +14,7 @@ from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-from cacovid_jax import (
-  base_config,
-  config_files,
-  config_values,
-  errors,
-  schema,
-)
+from cacovid_jax import base_config, config_files, config_values, errors, schema
 from cacovid_jax import config as config_lib
 from cacovid_jax.remote import store as remote
 

@@ -98,10 +98,7 @@ _LIMITS = (
   (schema.Positive, "optimizer.clip text.rope_theta pretrain.norm_scale"),
   # Above it, float32 would not tell a step of the average from none.
   (schema.within(float, 0, 0.9999), "optimizer.average"),
-  (
-    schema.Positive | None,
-    "objective.log_ratio_clamp table.tflops table.gbps",
-  ),
+  (schema.Positive | None, "objective.log_ratio_clamp table.tflops table.gbps"),
   (schema.one_of(*DTYPES), "policy.dtype model.dtype dtype"),
   (schema.one_of(*BACKENDS), "policy.backend model.backend attention"),
   (schema.one_of(*LAYERS), "model.layers"),

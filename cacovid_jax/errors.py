@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -135,6 +135,11 @@ def check(fine: bool, message: str) -> None:
   """Stops with a `UserError` unless something is fine."""
   if not fine:
     raise UserError(message)
+
+
+def check_known(what: str, name: str, known: Collection[str]) -> None:
+  """Stops with a `UserError` that says what there is unless a name is known."""
+  check(name in known, f"no {what} {name!r}; there are {', '.join(known)}")
 
 
 def one_line(error: BaseException) -> str:

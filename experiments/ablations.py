@@ -112,8 +112,8 @@ def main(args):
   """Runs the rows that the command line names, and writes the table."""
   workdir, recipes = pathlib.Path(args.workdir), read_recipes(args)
   rows = make_rows(recipes, args.also, args.other_base)
-  if unknown := [name for name in args.row if name not in rows]:
-    raise errors.UserError(f"no row {unknown[0]!r} among {', '.join(rows)}")
+  for name in args.row:
+    errors.check_known("row", name, rows)
   _weights.cache_clear()  # Files change between commands.
   known = read_known(workdir)
   seeds = {seed for found in known.values() for seed in found}

@@ -55,10 +55,7 @@ def main(args):
   config = args.config
   config_limits.check(config, limits=settings.LIMITS)
   for name in args.systems:
-    if name not in SYSTEMS:
-      raise errors.UserError(
-        f"unknown system {name!r}; there are {', '.join(SYSTEMS)}"
-      )
+    errors.check_known("system", name, SYSTEMS)
   workdir = args.workdir or f"workdirs/related{'_smoke' * args.smoke}"
   workdir = pathlib.Path(workdir)
   clips = clips_lib.Clips(**config.clips)

@@ -42,9 +42,7 @@ def test_it_has_the_sizes_of_its_config():
 def test_it_answers_questions_about_clips_it_never_saw():
   checkpoint = checkpoints.load(_BASE)
   pack = packing.PackingConfig(
-    tokenizer_file=str(_BASE / "tokenizer.json"),
-    seed=123,
-    questions_per_clip=4,
+    tokenizer_file=str(_BASE / "tokenizer.json"), seed=123, questions_per_clip=4
   )
   batch = pretraining.held_out(pack, "dense", 6)
   family = base_models.FAMILIES["llava_onevision"]

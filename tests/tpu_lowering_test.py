@@ -42,8 +42,7 @@ def _parts(family):
   )
   # The form that accelerators have large weights in.
   weights = jax.eval_shape(
-    lambda key: layers.convert(model.init(key), layers.FUSED),
-    jax.random.key(0),
+    lambda key: layers.convert(model.init(key), layers.FUSED), jax.random.key(0)
   )
   policy = network.Policy.from_llm_config(
     model.config.text, dtype=jnp.bfloat16, num_halvings=2, backend="splash"

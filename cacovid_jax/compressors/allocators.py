@@ -178,10 +178,7 @@ def names() -> tuple[str, ...]:
 
 def get(name: str) -> Allocator:
   """Returns the allocator called `name`."""
-  if name not in _ALLOCATORS:
-    raise errors.UserError(
-      f"unknown allocator {name!r}; known: {', '.join(names())}"
-    )
+  errors.check_known("allocator", name, _ALLOCATORS)
   return _ALLOCATORS[name]
 
 

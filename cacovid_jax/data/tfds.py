@@ -192,10 +192,7 @@ def open_source(data_dir, split: str) -> QuestionSource:
     )
   builder = _builder(found[0], data_dir)
   names = sorted(builder.info.splits)
-  if split not in names:
-    raise errors.UserError(
-      f"{builder.data_dir}: no split {split!r}; there are {', '.join(names)}"
-    )
+  errors.check_known(f"split in {builder.data_dir}:", split, names)
   return QuestionSource(builder.as_data_source(split=split))
 
 

@@ -77,11 +77,7 @@ class Task:
 
   def files(self, directory: pathlib.Path, split: str) -> list[str]:
     """Returns the files of a split, of the first layout that is there."""
-    if split not in self.splits:
-      raise errors.UserError(
-        f"{self.name} has no split {split!r}; its splits:"
-        f" {', '.join(self.splits)}"
-      )
+    errors.check_known(f"{self.name} split", split, self.splits)
     for pattern in self.splits[split]:
       found = sorted(directory.glob(pattern))
       if found:
@@ -141,10 +137,7 @@ def names() -> tuple[str, ...]:
 
 def task(name: str) -> Task:
   """Returns the task of that name."""
-  if name not in _BY_NAME:
-    raise errors.UserError(
-      f"there is no benchmark {name!r}; there are {', '.join(_BY_NAME)}"
-    )
+  errors.check_known("benchmark", name, _BY_NAME)
   return _BY_NAME[name]
 
 

@@ -57,11 +57,7 @@ class Method:
       told = f"{self.label} needs a trained policy; give --policy"
       raise errors.UserError(told)
     name = self.policy or next(iter(policies))
-    if name not in policies:
-      raise errors.UserError(
-        f"{self.label}: there is no policy {name!r}; given:"
-        f" {', '.join(policies)}"
-      )
+    errors.check_known("policy", name, policies)
     return name
 
   @property

@@ -15,12 +15,7 @@ import jax
 import numpy as np
 
 from cacovid_jax import errors
-from cacovid_jax.models import (
-  checkpoints,
-  generation,
-  processors,
-  prompt_batch,
-)
+from cacovid_jax.models import checkpoints, generation, processors, prompt_batch
 from cacovid_jax.parity import patches, stage
 from cacovid_jax.parity import prompts as prompts_lib
 

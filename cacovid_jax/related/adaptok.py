@@ -366,10 +366,7 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
     case: functools.partial(arms, settings, folder=folder)
     for case, arms in (("tokenizer", _arms), ("every length", _lengths))
   }
-  cells = [
-    *study_lib.cells(seeds, linear),
-    *study_lib.cells(seeds, trained),
-  ]
+  cells = [*study_lib.cells(seeds, linear), *study_lib.cells(seeds, trained)]
 
   def bars(table):
     least = study_lib.Bar.least

@@ -42,6 +42,18 @@ class Asked(NamedTuple):
     return self.features[self.clip[which]], self.ids[which], self.letter[which]
 
 
+def unlike(found, told, there):
+  """Returns float32[], how much of the variance of `told` is not `found`.
+
+  Of rows float[layers, B, A, D], those of bool[B, A]; the mean of all channels.
+  """
+  share = (there / there.sum())[..., None]
+  mean = functools.partial(jnp.sum, axis=(1, 2), keepdims=True)
+  center = mean(told * share)
+  spread = mean(jnp.square(told - center) * share)
+  return (mean(jnp.square(found - told) * share) / (spread + 1e-6)).mean()
+
+
 @dataclasses.dataclass(frozen=True)
 class Answers:
   """The shipped base model with clips of a variant, train and test apart."""
@@ -114,26 +126,65 @@ class Answers:
     x = self.prompts.model.embed_text(self.params, ids)
     return jnp.where(there, x, 0.0).sum(axis=1) / there.sum(axis=1)
 
-  def logits(self, params, rows, index, ids, letter):
-    """Returns float32[B, V] where the letter is asked for.
+  @functools.cache  # noqa: B019
+  def heard(self) -> jax.Array:
+    """Returns float16[q, layers, A, D] of training questions, whole clips seen.
+
+    What each layer of the base model gives in the question's rows.
+    """
+
+    @jax.jit
+    def read(params, features, ids):
+      _, out = self.prompts.full_hidden(
+        params, packed.TowerOutput(features[None]), ids[None], want_hidden=True
+      )
+      return jnp.moveaxis(out["hidden"], 0, 1).astype(jnp.float16)
+
+    asked = self.asked("train")
+    parts = np.split(np.arange(len(asked.ids)), np.unique(asked.clip, True)[1])
+    found = [
+      read(self.params, asked.features[asked.clip[one[0]]], asked.ids[one])
+      for one in parts[1:]
+    ]
+    return jnp.concatenate(found)
+
+  def logits(self, *given):
+    """Returns float32[B, V] where the letter is asked for; see `read`."""
+    return self.read(*given)[0]
+
+  def read(self, params, rows, index, ids, letter, want_hidden=False):
+    """Returns (logits float32[B, V] where the letter is asked for, out).
 
     Of rows float32[B, K, D] at the places int32[B, K] of distinct tokens; the
-    base model's `params` are given, as they may be trained.
+    base model's `params` are given, as they may be trained. `out` is as of
+    `packed.PackedPrompts.pruned_hidden`.
     """
     shape = len(rows), self.prompts.num_video, rows.shape[-1]
     features = jax.vmap(lambda x, i, r: x.at[i].set(r))
     video = packed.TowerOutput(features(jnp.zeros(shape), index, rows))
-    out = self.prompts.pruned_logits(
+    hidden, out = self.prompts.pruned_hidden(
       params, video, ids[:, None], index[:, None],
-      jnp.ones((len(rows), 1, rows.shape[1]), bool),
+      jnp.ones((len(rows), 1, rows.shape[1]), bool), want_hidden=want_hidden,
     )  # fmt: skip
-    return out[jnp.arange(len(rows)), 0, letter - 1]
+    last = hidden[jnp.arange(len(rows)), 0, letter - 1]
+    return self.prompts.model.logits(params, last), out
 
-  def loss(self, params, rows, index, ids, letter):
-    """Returns float32[], the cross entropy of the letters; see `logits`."""
-    logits = self.logits(params, rows, index, ids, letter)
+  def loss(self, params, rows, index, ids, letter, heard=None):
+    """Returns float32[], the cross entropy of the letters; see `read`.
+
+    And how far the question's rows are from those of the whole clip, float[B,
+    layers, A, D] of `heard`, if given: a distillation, `unlike`.
+    """
+    given = params, rows, index, ids, letter
+    logits, out = self.read(*given, want_hidden=heard is not None)
     told = jax.nn.log_softmax(logits)
-    return -jnp.take_along_axis(told, _letters(ids, letter), axis=-1).mean()
+    loss = -jnp.take_along_axis(told, _letters(ids, letter), axis=-1).mean()
+    if heard is None:
+      return loss
+    length = ids.shape[1]
+    there = jnp.arange(length) < letter[:, None]
+    told = jnp.moveaxis(heard, 0, 1).astype(jnp.float32)
+    return loss + unlike(out["hidden"][:, :, -length:], told, there)
 
   def hits(self, made, params=None) -> float:
     """Returns the share of test questions that are answered right.

@@ -172,10 +172,7 @@ def _source_arms(settings, seed, folder):
   test, told = source(seed, settings.source_test)
   fit = fitting.Schedule(**settings.fit)
   out = {}
-  for arm, informed in (
-    ("mask told", True),
-    ("not told (released)", False),
-  ):
+  for arm, informed in (("mask told", True), ("not told (released)", False)):
     net = ScalarTokenizer(told=informed)
     rng = jax.random.key(seed)
     every = jnp.ones((1, net.num_tokens), bool)

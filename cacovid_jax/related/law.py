@@ -96,10 +96,7 @@ class Law:
         f"{name} cannot be told from a sweep, only the product AB can; ask for"
         " AB"
       )
-    if name not in self.fitted:
-      raise errors.UserError(
-        f"{name!r} was not fitted; there are {', '.join(self.fitted)}"
-      )
+    errors.check_known("fitted parameter", name, self.fitted)
     if name == "D" and self._floor_is_open:
       low, high = self.floor_range
       raise errors.UserError(
@@ -280,9 +277,7 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
   cases = {"no floor": 0.0, "a floor of 0.1": 0.1}
   cells = [
     study_lib.Cell(
-      case,
-      seed,
-      functools.partial(_planted_arms, seed, floor, settings.noise),
+      case, seed, functools.partial(_planted_arms, seed, floor, settings.noise)
     )
     for seed in seeds
     for case, floor in cases.items()

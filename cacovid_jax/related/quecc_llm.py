@@ -1,5 +1,6 @@
-"""QueCC in front of the frozen base model, trained on answers' letters.
+"""QueCC in front of the frozen base model, trained on answers.
 
+On their letters, and to make of the questions' rows what the whole clip makes.
 At the same number of rows: with the question and without it, cells averaged as
 they are and with a trained map, and tokens that a policy or a rule selects.
 
@@ -77,11 +78,12 @@ def _placed(rows, side):
 @functools.lru_cache(maxsize=16)
 def _loss_of(answers, module, batch):
   def loss(params, data, rng, step):
-    model, asked = data
+    model, asked, heard = data
     which = jax.random.randint(rng, [batch], 0, len(asked.ids))
     features, ids, letter = asked.take(which)
     made = compress(answers, module, params, features, ids, letter)
-    return answers.loss(model, *made, ids, letter)
+    own = None if heard is None else heard[which]
+    return answers.loss(model, *made, ids, letter, own)
 
   return loss
 
@@ -92,7 +94,8 @@ def train(answers, module, settings, seed, folder=None):
   start = module.init(
     jax.random.key(seed), jnp.zeros((*grid, width)), jnp.zeros(width)
   )["params"]
-  data = answers.params, answers.asked("train")
+  heard = answers.heard() if settings.distil else None
+  data = answers.params, answers.asked("train"), heard
   return fitting.fit(
     _loss_of(answers, module, settings.batch), start, data,
     jax.random.key(seed), fitting.Schedule(**settings.fit), folder=folder,

@@ -18,10 +18,7 @@ LIMITS = config_limits.listed(
       tuple[schema.Count, schema.Count],
       "clips.count adaptok.linear quecc_llm.count vqtoken.count",
     ),
-    (
-      tuple[tuple[_CLIPS, schema.Count], ...],
-      "quecc_llm.sizes vqtoken.sizes",
-    ),
+    (tuple[tuple[_CLIPS, schema.Count], ...], "quecc_llm.sizes vqtoken.sizes"),
     (
       schema.Count,
       "emcl.pairs emcl.num_bases emcl.width emcl.hidden emcl.batch hcq.train"

@@ -24,12 +24,7 @@ from cacovid_jax.models import (
   qwen3_vl_processor,
   siglip,
 )
-from cacovid_jax.synthetic import (
-  build,
-  packed,
-  packing,
-  tiny_checkpoints,
-)
+from cacovid_jax.synthetic import build, packed, packing, tiny_checkpoints
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
 _TIMES = 200  # Copies of each text that tells a time, in a corpus.
@@ -173,10 +168,6 @@ FAMILIES = {
     separator="\n",
   ),
   "qwen3_vl": Family(
-    _write_qwen3_vl,
-    _qwen3_vl,
-    _as_patches,
-    _lengths_of_qwen3_vl,
-    separator="",
+    _write_qwen3_vl, _qwen3_vl, _as_patches, _lengths_of_qwen3_vl, separator=""
   ),
 }

@@ -54,11 +54,7 @@ class BuildConfig:
   questions_per_clip: int = 4  # At most; a scene may allow fewer.
 
   def __post_init__(self):
-    if self.variant not in world.VARIANTS:
-      raise errors.UserError(
-        f"unknown variant {self.variant!r}; there are"
-        f" {', '.join(world.VARIANTS)}"
-      )
+    errors.check_known("variant", self.variant, world.VARIANTS)
     if min(self.clips) < 0 or not any(self.clips):
       raise errors.UserError(f"clips {self.clips}: give one number per split")
     if self.questions_per_clip < 1:

@@ -120,10 +120,17 @@ class PackedPrompts:
     rows = jnp.concatenate([head.ids, ids], axis=1)
     return embed(params, rows, features, head.video_rows)
 
-  def full_logits(self, params, video: TowerOutput, ids, which=None):
-    """Returns float32[B, Q, A, V] of whole videos; ids int32[B, Q, A].
+  def full_logits(self, *args):
+    """Returns float32[B, Q, A, V]; arguments are those of `full_hidden`."""
+    return self.model.logits(args[0], self.full_hidden(*args)[0])
 
-    A head is read once, and each question beside it: they see no other.
+  def full_hidden(
+    self, params, video: TowerOutput, ids, which=None, want_hidden=False
+  ):
+    """Returns (hidden float[B, Q, A, D], out) of questions about whole videos.
+
+    A head is read once, and each question beside it, int32[B, Q, A]: they see
+    no other. `out` is as of `model.forward`, with A rows a question.
     """
     batch, num_questions, length = ids.shape
     head = self.chosen(which, batch)
@@ -139,20 +146,26 @@ class PackedPrompts:
 
     mask = self.question_mask(head, length)
     positions = _with_text(head, head.positions[..., :0], np.arange(length))
-    hidden, _ = self.model.forward(
+    hidden, out = self.model.forward(
       params, self.model.embed_text(params, ids.reshape(-1, length)),
       each(positions), mask=mask if len(mask) == 1 else each(mask),
       causal=False, earlier=(out["keys"], out["values"]),
+      want_hidden=want_hidden,
     )  # fmt: skip
-    hidden = hidden.reshape(batch, num_questions, length, -1)
-    return self.model.logits(params, hidden)
+    return hidden.reshape(batch, num_questions, length, -1), out
 
-  def pruned_logits(
-    self, params, video: TowerOutput, ids, index, valid, merged=None, which=None
-  ):
-    """Answers each question from its own kept tokens, at original positions.
+  def pruned_logits(self, *args, **kwargs):
+    """Returns float32[B, Q, A, V]; arguments are those of `pruned_hidden`."""
+    return self.model.logits(args[0], self.pruned_hidden(*args, **kwargs)[0])
 
-    They are int32[B, Q, K], ascending where valid bool[B, Q, K] is True. By
+  def pruned_hidden(
+    self, params, video: TowerOutput, ids, index, valid, merged=None,
+    which=None, want_hidden=False,
+  ):  # fmt: skip
+    """Returns as `full_hidden`, of kept tokens of each question's own.
+
+    At original positions, int32[B, Q, K], ascending where valid bool[B, Q, K]
+    is True; `out` has the rows of heads, too, before those of questions. By
     share `merged` float32[B, Q], a kept token becomes the mean of the tokens
     that are most alike to it.
     """
@@ -187,11 +200,11 @@ class PackedPrompts:
     places = jnp.broadcast_to(
       start + jnp.arange(index.shape[-1]), (len(x), index.shape[-1])
     )
-    hidden, _ = self.model.forward(
-      params, x, positions, mask=mask, causal=False, **_deep(deep, places)
-    )
-    hidden = hidden.reshape(batch, num_questions, *hidden.shape[1:])
-    return self.model.logits(params, hidden[:, :, -length:])
+    hidden, out = self.model.forward(
+      params, x, positions, mask=mask, causal=False, want_hidden=want_hidden,
+      **_deep(deep, places),
+    )  # fmt: skip
+    return hidden[:, -length:].reshape(batch, num_questions, length, -1), out
 
   @property
   def video_start(self) -> int:

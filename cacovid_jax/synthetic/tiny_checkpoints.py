@@ -88,10 +88,7 @@ _EOS_ID, _PAD_ID = 151645, 151643
 
 def write_tiny(directory, family: str) -> None:
   """Writes a float32 checkpoint of a family; a folder with files is refused."""
-  if family not in FAMILIES:
-    raise errors.UserError(
-      f"no tiny checkpoint of {family!r}; there are {', '.join(FAMILIES)}"
-    )
+  errors.check_known("tiny checkpoint of", family, FAMILIES)
   base, processor = _tiny(family)
   text = dataclasses.replace(
     base.text, vocab_size=_VOCABULARY, max_positions=8192

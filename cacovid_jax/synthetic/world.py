@@ -115,10 +115,7 @@ _AT_FULL_SIZE = dict(
 
 VARIANTS = {
   "dense": WorldConfig(
-    num_objects=(128, 136),
-    life=(2, 3),
-    num_distractors=(6, 10),
-    texture=22.0,
+    num_objects=(128, 136), life=(2, 3), num_distractors=(6, 10), texture=22.0
   ),
   "sparse": WorldConfig(
     num_objects=(5, 7),

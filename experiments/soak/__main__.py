@@ -75,10 +75,8 @@ COMMAND = command.Command(
 
 def main(args) -> int:
   """Does the harm that the command line asks for; returns the exit code."""
-  if unknown := [name for name in args.section if name not in SECTIONS]:
-    raise errors.UserError(
-      f"--section={unknown[0]}: there are {', '.join(SECTIONS)}"
-    )
+  for name in args.section:
+    errors.check_known("section", name, SECTIONS)
   clips = sorted(glob.glob(args.clips, recursive=True))
   if args.clips and not clips:
     raise errors.UserError(f"--clips={args.clips}: there is no such file")

@@ -16,12 +16,7 @@ from tests.compressors import given, quick, videos
 
 GRID = (5, 2, 3)
 AREA, NUM_VIDEO = 6, 30
-PER_FRAME = [
-  "density_peaks",
-  "divprune?scope=frame",
-  "random",
-  "uniform",
-]
+PER_FRAME = ["density_peaks", "divprune?scope=frame", "random", "uniform"]
 
 
 def aux_of(seed, grid=GRID):

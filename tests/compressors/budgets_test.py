@@ -83,10 +83,7 @@ def test_the_mean_over_layers_is_the_ratio(num_layers, num_video):
     for name, at in (("prunevid", 10), ("flashvid", 20)):
       entering, keep = two_stages(name, ratio, num_layers, num_video)
       assert 1 <= keep <= entering <= num_video
-      plans[name] = [
-        (0, entering),
-        (budgets.scale_layer(at, num_layers), keep),
-      ]
+      plans[name] = [(0, entering), (budgets.scale_layer(at, num_layers), keep)]
     for plan in plans.values():
       by_hand = [num_video] * num_layers
       for number, _ in enumerate(by_hand):

@@ -78,12 +78,7 @@ def test_200_instances_reach_the_bound_of_the_best_subset():
 
 @pytest.mark.parametrize(
   "options",
-  [
-    {},
-    {"block": 1},
-    {"block": 7, "windows": 3},
-    {"floor": -1.0, "block": 5},
-  ],
+  [{}, {"block": 1}, {"block": 7, "windows": 3}, {"floor": -1.0, "block": 5}],
   ids=str,
 )
 def test_lazy_picks_are_those_of_plain_greedy(options):
@@ -251,8 +246,7 @@ def test_one_frame_and_bfloat16():
   selections.check(out, 12, 5)
   assert out.features.dtype == jnp.bfloat16
   np.testing.assert_array_equal(
-    out.index,
-    np.sort(plain_greedy(covers(features.astype(jnp.float32)), 5)),
+    out.index, np.sort(plain_greedy(covers(features.astype(jnp.float32)), 5))
   )
 
 

@@ -112,8 +112,7 @@ def test_windows_are_the_best_of_all_cuts(T):
 
 
 @pytest.mark.parametrize(
-  "grid,num_keep",
-  [((1, 3, 3), 4), ((2, 3, 3), 17), (GRID, 1), (GRID, 20)],
+  "grid,num_keep", [((1, 3, 3), 4), ((2, 3, 3), 17), (GRID, 1), (GRID, 20)]
 )
 @pytest.mark.parametrize("kind", ["noise", "scenes"])
 def test_equals_the_steps(grid, num_keep, kind):

@@ -11,12 +11,7 @@ import numpy as np
 import pytest
 
 from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import (
-  base,
-  layerwise,
-  prunevid,
-  registry,
-)
+from cacovid_jax.compressors import base, layerwise, prunevid, registry
 from cacovid_jax.models import (
   attention,
   llava_onevision,
@@ -142,10 +137,7 @@ def run(kind, compressor, inputs, ratio, eos_ids=(), **kwargs):
   )
 
 
-@functools.partial(
-  quick.jit,
-  static_argnames=("model", "compressor", "ratio"),
-)
+@functools.partial(quick.jit, static_argnames=("model", "compressor", "ratio"))
 def all_logits(
   params, x, positions, lengths, starts, following, ids, *, model, compressor,
   ratio,

@@ -153,8 +153,7 @@ def test_mean_cosine_equals_all_pairs():
 
 
 @pytest.mark.parametrize(
-  "grid,num_keep",
-  [((1, 3, 3), 4), ((2, 3, 3), 17), ((6, 3, 3), 3), (GRID, 20)],
+  "grid,num_keep", [((1, 3, 3), 4), ((2, 3, 3), 17), ((6, 3, 3), 3), (GRID, 20)]
 )
 @pytest.mark.parametrize("kind", ["noise", "scenes"])
 def test_equals_the_steps(grid, num_keep, kind):

@@ -186,7 +186,7 @@ def test_an_allocator_adds_what_it_needs_and_shares_between_frames_only():
   x, aux = videos.features("noise", GRID), videos.aux(GRID)
   with pytest.raises(ValueError, match="needs scores"):
     given.compress(by_policy, x, grid=GRID, num_keep=5, aux=aux)
-  with pytest.raises(errors.UserError, match="unknown allocator 'fair'"):
+  with pytest.raises(errors.UserError, match="no allocator 'fair'; there are"):
     compressors.get("visionzip?allocator=fair")
   with pytest.raises(errors.UserError, match="needs scope 'frame'") as caught:
     compressors.get("visionzip?scope=video&allocator=infotok")

@@ -86,9 +86,7 @@ def test_rows_equal_the_loop_from_the_same_seeds(codes):
     np.testing.assert_array_equal(out.index, np.array(medoid)[order])
     np.testing.assert_array_equal(np.asarray(order)[out.assign], label)
     np.testing.assert_allclose(
-      out.features,
-      [members[label == k].mean(axis=0) for k in order],
-      atol=1e-5,
+      out.features, [members[label == k].mean(axis=0) for k in order], atol=1e-5
     )
 
 

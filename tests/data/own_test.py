@@ -127,7 +127,7 @@ def test_the_benchmark_named_own(tmp_path):
   other = benchmarks.load(tmp_path, "validation", benchmark="own")
   (question,) = other.questions
   assert other.task.score(question, "z y", rule="paper").score == 1.0
-  with pytest.raises(errors.UserError, match="no split 'dev'"):
+  with pytest.raises(errors.UserError, match="no own split 'dev'"):
     benchmarks.load(tmp_path, "dev", benchmark="own")
 
 

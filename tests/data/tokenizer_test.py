@@ -153,8 +153,7 @@ def test_a_qwen_template_without_start_and_end_is_refused(qwen, tmp_path):
 def test_white_space_that_a_template_trims_is_no_fault(tmp_path):
   tokenizer = tokenizer_lib.Tokenizer.from_directory(
     toks.write(
-      tmp_path,
-      template="<video>{{ messages[0]['content'][1]['text'] | trim }}",
+      tmp_path, template="<video>{{ messages[0]['content'][1]['text'] | trim }}"
     )
   )
   assert tokenizer.render("Directly.\n") == "<video>Directly."

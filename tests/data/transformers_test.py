@@ -84,10 +84,7 @@ def test_conversations_are_rendered_alike(tmp_path, template, generation):
   theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
   text, _ = chat_template_lib.read(tmp_path)
   assert ours.render_messages(TURNS, generation) == theirs.apply_chat_template(
-    TURNS,
-    chat_template=text,
-    tokenize=False,
-    add_generation_prompt=generation,
+    TURNS, chat_template=text, tokenize=False, add_generation_prompt=generation
   )
 
 

@@ -91,7 +91,9 @@ def test_folders_splits_and_names_that_do_not_exist(tmp_path):
     if name != benchmarks.PREPARED:
       with pytest.raises(errors.UserError, match="holds none of"):
         benchmarks.load(tmp_path, benchmark=name)
-  with pytest.raises(errors.UserError, match="no split 'train'; its splits"):
+  with pytest.raises(
+    errors.UserError, match="no videomme split 'train'; there"
+  ):
     benchmarks.load(tmp_path, "train", benchmark="videomme")
   with pytest.raises(errors.UserError, match="no benchmark 'imagenet'"):
     benchmarks.load(tmp_path, benchmark="imagenet")

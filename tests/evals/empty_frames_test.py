@@ -15,12 +15,7 @@ from cacovid_jax.evals import evaluation
 from cacovid_jax.inference import clip_queue
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
-from cacovid_jax.models import (
-  checkpoints,
-  generation,
-  prompt_batch,
-  video_llm,
-)
+from cacovid_jax.models import checkpoints, generation, prompt_batch, video_llm
 from tests.evals import tiny
 
 GRID = (4, 2, 3)

@@ -13,11 +13,7 @@ import pytest
 from cacovid_jax import errors
 from cacovid_jax.compressors import simple
 from cacovid_jax.data import answer_log, feature_cache, frames, video
-from cacovid_jax.evals import (
-  benchmarks,
-  evaluation,
-  frame_manifest,
-)
+from cacovid_jax.evals import benchmarks, evaluation, frame_manifest
 from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.inference import clip_queue
 from cacovid_jax.inference import engine as engine_lib

@@ -17,11 +17,7 @@ from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base, registry
 from cacovid_jax.data import answer_log
 from cacovid_jax.data import question as question_lib
-from cacovid_jax.evals import (
-  benchmarks,
-  provenance,
-  results,
-)
+from cacovid_jax.evals import benchmarks, provenance, results
 from cacovid_jax.evals import evaluator as evaluator_lib
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import methods as methods_lib
@@ -80,11 +76,7 @@ def tabulate(
     generator_hash=benchmark.generator_hash,
   )
   return results.build(
-    table,
-    answers,
-    provenance=described,
-    decisive=benchmark.decisive,
-    **options,
+    table, answers, provenance=described, decisive=benchmark.decisive, **options
   )
 
 
@@ -711,7 +703,7 @@ def test_mistakes_are_one_line_before_anything_runs(shared, monkeypatch):
 @pytest.mark.parametrize(
   "change,match",
   [
-    ({"split": "train"}, "its splits: test, validation"),
+    ({"split": "train"}, "there are test, validation"),
     ({"directory": "nowhere"}, "no data in nowhere"),
   ],
 )

@@ -75,9 +75,7 @@ def test_zero_takes_the_devices_that_divide_a_batch(tmp_path):
   # Of eight, four and two.
   for batch_size, model, data in ((4, 1, 4), (6, 1, 6), (7, 2, 1), (8, 2, 4)):
     found = tiny.experiment(
-      tmp_path,
-      batch_size=batch_size,
-      **{"mesh.data": 0, "mesh.model": model},
+      tmp_path, batch_size=batch_size, **{"mesh.data": 0, "mesh.model": model}
     )
     assert found.mesh.shape["data"] == data
     assert found.mesh.shape["model"] == model

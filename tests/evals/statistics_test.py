@@ -182,8 +182,7 @@ def test_a_macro_mean_and_its_interval_match_a_loop():
   usable = bottom > 0
   draws = _macro_draws(values, clips, strata, **options)[usable]
   np.testing.assert_allclose(
-    (kept.low, kept.high),
-    np.quantile(draws / bottom[usable], [0.025, 0.975]),
+    (kept.low, kept.high), np.quantile(draws / bottom[usable], [0.025, 0.975])
   )
 
 

@@ -20,12 +20,7 @@ from cacovid_jax.data import frames
 from cacovid_jax.inference import clip_queue, clips
 from cacovid_jax.inference import engine as engine_lib
 from cacovid_jax.inference import programs as programs_lib
-from cacovid_jax.models import (
-  checkpoints,
-  llava_onevision,
-  qwen2_5_vl,
-  siglip,
-)
+from cacovid_jax.models import checkpoints, llava_onevision, qwen2_5_vl, siglip
 from cacovid_jax.policy import loading, network
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 from tests.data import tokenizers_for_tests as toks
@@ -33,10 +28,7 @@ from tests.data import tokenizers_for_tests as toks
 FRAMES = 4
 GRID = (4, 4, 4)
 NUM_VIDEO = 64
-QWEN_STATISTICS = {
-  "image_mean": [0.5, 0.4, 0.3],
-  "image_std": [0.3, 0.3, 0.2],
-}
+QWEN_STATISTICS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.3, 0.3, 0.2]}
 COLOURS = ("red", "green", "blue", "grey")
 
 

@@ -328,8 +328,8 @@ def test_the_plan_runs_nothing(tmp_path, measured, capsys):
 @pytest.mark.parametrize(
   "rows,flags,message",
   [
-    (["ourz"], {}, "no row 'ourz' among ours, ours-"),
-    (["other_base"], {}, "no row 'other_base' among "),
+    (["ourz"], {}, "no row 'ourz'; there are ours, ours-"),
+    (["other_base"], {}, "no row 'other_base'; there are "),
     (["ours"], dict(other_base="nowhere"), "nowhere/model.safetensors is miss"),
     (["ours"], dict(also="iterations"), "write key.subkey=value"),
     (["ours"], dict(also="iteration=2"), "nearest: iterations"),

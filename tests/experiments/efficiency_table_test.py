@@ -136,9 +136,7 @@ def test_weights_are_drawn_once(made, make):
     make(size="qwen-tiny")
   with pytest.raises(errors.UserError, match="holds another model"):
     make(
-      size="qwen-tiny",
-      workdir=made.parent / "other",
-      weights=made / "weights",
+      size="qwen-tiny", workdir=made.parent / "other", weights=made / "weights"
     )
 
 
@@ -329,12 +327,7 @@ def test_a_dry_run_counts_what_is_measured(made, make, tmp_path, capsys):
 
 
 def test_the_other_family_is_timed_as_well(tmp_path, make):
-  make(
-    size="qwen-tiny",
-    workdir=tmp_path,
-    methods="uniform",
-    ratios=0.5,
-  )
+  make(size="qwen-tiny", workdir=tmp_path, methods="uniform", ratios=0.5)
   out = read(tmp_path)
   # No newline behind the video.
   assert (out["grid"], out["prompt_rows"]) == ([4, 4, 6], 75 + 96)

@@ -66,10 +66,7 @@ class Machine:
       path = bin_folder / name
       path.write_text(text)
       path.chmod(0o755)
-    self.env = {
-      "PATH": f"{bin_folder}:/usr/bin:/bin",
-      "CALLS": str(self.calls),
-    }
+    self.env = {"PATH": f"{bin_folder}:/usr/bin:/bin", "CALLS": str(self.calls)}
 
   def run(self, script, *arguments, **env):
     """Returns (exit code, what was called, stderr)."""

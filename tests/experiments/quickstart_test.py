@@ -68,11 +68,7 @@ def write_base_model(directory):
     ),
   )
   checkpoints.save(
-    directory,
-    sizes,
-    params,
-    eos_ids=tokenizer.eos_ids,
-    pad_id=tokenizer.pad_id,
+    directory, sizes, params, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id
   )
 
 

@@ -31,7 +31,7 @@ def test_the_smallest_run_writes_a_table_and_a_picture_and_goes_on(tmp_path):
 
 
 def test_unknown_systems_and_other_configs_are_one_line(tmp_path):
-  with pytest.raises(errors.UserError, match="unknown system 'hqc'; there"):
+  with pytest.raises(errors.UserError, match="no system 'hqc'; there"):
     commands.run(related_systems, config=CONFIG, systems=["hqc"])
   commands.run(related_systems, config=CONFIG, workdir=tmp_path, systems="law")
   with pytest.raises(errors.UserError, match="law.jsonl"):

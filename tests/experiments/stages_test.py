@@ -330,11 +330,7 @@ def test_what_does_not_fit_is_written_as_such(subject, tmp_path, monkeypatch):
   "module,changes,message",
   [
     (efficiency_table, dict(stages="towel"), "--stages=towel: choose of load"),
-    (
-      efficiency_table,
-      dict(peers="twins"),
-      "twins.*: choose of trans",
-    ),
+    (efficiency_table, dict(peers="twins"), "twins.*: choose of trans"),
     (efficiency_table, dict(kept="1,2"), "ratio 2.0 is outside"),
     (efficiency_table, dict(size="qwen3-tiny"), "peer twin is of LlavaOne"),
     (

@@ -281,43 +281,27 @@ def test_unknown_extras_are_a_mistake_of_the_caller(root):
     source_of(root, want=["depth"])
 
 
-def test_extras_of_a_tower_that_reads_patches(tmp_path):
-  tiny.write_clip(tmp_path / "a.mp4", seed=0, num_frames=5)
-  model = qwen2_5_vl.Qwen2_5VLModel(qwen2_5_vl.Qwen2_5VLConfig.tiny())
-  params = tiny.random_params(model)
+def _patches():
   processor = processors.Qwen2_5VLProcessor(
     patch_size=4, min_pixels=6 * 64, max_pixels=16 * 64
   )
-  with tiny.open_store(
-    tmp_path,
-    model,
-    params,
-    processor,
-    num_frames=4,
-    grid=list(processor.grid(4, 32, 32)),
-    want=WANT,
-  ) as source:
-    clip, missing = source["a.mp4"], source["gone.mp4"]
-  for name in WANT:
-    assert clip.extras[name].shape == missing.extras[name].shape
-  assert clip.extras["vision_attention"].shape == clip.features.shape[:1]
-  assert (clip.extras["vision_attention"] > 0).all()
+  model = qwen2_5_vl.Qwen2_5VLModel(qwen2_5_vl.Qwen2_5VLConfig.tiny())
+  grid = list(processor.grid(4, 32, 32))
+  return model, processor, dict(num_frames=4, grid=grid)
 
 
-def test_extras_of_a_real_tower_have_the_shapes_that_it_says(tmp_path):
+def _images():
+  config = llava_onevision.LlavaOnevisionConfig.tiny()
+  model = llava_onevision.LlavaOnevisionModel(config)
+  return model, model.processor, dict(num_frames=3)
+
+
+@pytest.mark.parametrize("kind", [_patches, _images])
+def test_extras_of_a_real_tower_have_the_shapes_that_it_says(tmp_path, kind):
   tiny.write_clip(tmp_path / "a.mp4", seed=0, num_frames=5)
-  model = llava_onevision.LlavaOnevisionModel(
-    llava_onevision.LlavaOnevisionConfig.tiny()
-  )
-  params = tiny.random_params(model)
-  with tiny.open_store(
-    tmp_path,
-    model,
-    params,
-    model.processor,
-    num_frames=3,
-    want=WANT,
-  ) as source:
+  model, processor, options = kind()
+  given = tmp_path, model, tiny.random_params(model), processor
+  with tiny.open_store(*given, want=WANT, **options) as source:
     clip, missing = source["a.mp4"], source["gone.mp4"]
   for name in WANT:
     assert clip.extras[name].shape == missing.extras[name].shape

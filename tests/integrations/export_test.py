@@ -41,9 +41,7 @@ def test_the_task_names_its_rows_functions_and_longest_answer(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "path",
-  [*export.TASKS.glob("*.yaml"), None],
-  ids=lambda path: str(path)[-30:],
+  "path", [*export.TASKS.glob("*.yaml"), None], ids=lambda path: str(path)[-30:]
 )
 def test_every_function_that_a_task_names_is_there(path, tmp_path):
   if path is None:
@@ -101,7 +99,7 @@ def test_the_number_is_the_benchmarks_own():
 
 
 def test_mistakes_are_told(tmp_path):
-  with pytest.raises(errors.UserError, match="there is no benchmark 'mlvu'"):
+  with pytest.raises(errors.UserError, match="no benchmark 'mlvu'; there are"):
     export.write(tmp_path, tmp_path, benchmark="mlvu")
   with pytest.raises(errors.UserError, match="there is no data in"):
     export.write(tmp_path / "none", tmp_path, benchmark="mlvu_test")

@@ -189,10 +189,7 @@ class CheckpointsTest(parameterized.TestCase):
     _assert_equal(checkpoints.load_params(self.directory, CONFIG), _params())
 
   @parameterized.parameters(
-    (QWEN, 0),
-    (QWEN, 1),
-    (_untied(QWEN), 0),
-    (_untied(QWEN), 1),
+    (QWEN, 0), (QWEN, 1), (_untied(QWEN), 0), (_untied(QWEN), 1)
   )
   def test_every_known_spelling_of_qwens_names(self, config, spelling):
     tensors = self._save(config)
@@ -220,8 +217,7 @@ class CheckpointsTest(parameterized.TestCase):
       visual["blocks"]["qkv"]["kernel"][2].T,
     )
     np.testing.assert_array_equal(
-      tensors["visual.merger.mlp.2.bias"],
-      visual["merger"]["linear_2"]["bias"],
+      tensors["visual.merger.mlp.2.bias"], visual["merger"]["linear_2"]["bias"]
     )
 
   @parameterized.parameters(np.float16, ml_dtypes.bfloat16)

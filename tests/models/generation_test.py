@@ -34,11 +34,7 @@ def _prompts():
 def _greedy(x, positions, lengths, next_positions, eos_ids=()):
   return jax.jit(
     functools.partial(
-      generation.greedy,
-      MODEL,
-      max_new_tokens=NEW,
-      eos_ids=eos_ids,
-      pad_id=63,
+      generation.greedy, MODEL, max_new_tokens=NEW, eos_ids=eos_ids, pad_id=63
     )
   )(_params(), x, positions, lengths, next_positions)
 

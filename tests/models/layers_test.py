@@ -241,9 +241,7 @@ def test_rows_that_a_gpu_wants_change_no_answer(kind, monkeypatch):
   real = products.padded_rows
   assert real(11) == 11
   monkeypatch.setattr(
-    products,
-    "padded_rows",
-    lambda *args, backend: real(*args, backend="cudnn"),
+    products, "padded_rows", lambda *args, backend: real(*args, backend="cudnn")
   )
   padded, padded_ids, more_keys = jax.jit(lambda *x: answers(*x))(params, x)
   np.testing.assert_array_equal(padded_ids, ids)

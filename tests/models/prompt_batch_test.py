@@ -54,12 +54,7 @@ class KeptRowsTest(parameterized.TestCase):
     # Rows: 0 text, 1-4 video, nothing else (as before the question is known).
     for index, expected in (([0, 3], [0, 1, 4]), ([1], [0, 2])):
       rows, length, found = _prune(
-        jnp.array(index),
-        len(index),
-        start=1,
-        num_video=4,
-        length=5,
-        num_rows=5,
+        jnp.array(index), len(index), start=1, num_video=4, length=5, num_rows=5
       )
       self.assertTrue(found)
       np.testing.assert_array_equal(rows, expected)

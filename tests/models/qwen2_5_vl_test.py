@@ -104,10 +104,7 @@ class PositionIdsTest(parameterized.TestCase):
     # Two slices of 1 x 2 tokens, 1.5 s apart: the second is at 2 + 3.
     ids = [1, 2, *[VIDEO] * 4, 3]
     place = functools.partial(
-      qwen2_5_vl.position_ids,
-      ids,
-      _video((2, 1, 2), 1.5),
-      config=CONFIG,
+      qwen2_5_vl.position_ids, ids, _video((2, 1, 2), 1.5), config=CONFIG
     )
     positions, following = place()
     np.testing.assert_array_equal(positions[0], [0, 1, 2, 2, 5, 5, 6])
@@ -175,9 +172,7 @@ class Qwen2_5VLModelTest(absltest.TestCase):  # noqa: N801
     features = encode(_params(), patches, MODEL.layout(grid))
     self.assertEqual(features.shape, (12, CONFIG.text.hidden_size))
     padded = encode(
-      _params(),
-      jnp.pad(patches, [(0, 48), (0, 0)]),
-      MODEL.layout(grid, sizes),
+      _params(), jnp.pad(patches, [(0, 48), (0, 0)]), MODEL.layout(grid, sizes)
     )
     self.assertEqual(padded.shape, (24, CONFIG.text.hidden_size))
     np.testing.assert_allclose(padded[:12], features, atol=2e-5)

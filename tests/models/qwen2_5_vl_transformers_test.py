@@ -15,12 +15,7 @@ import torch
 import transformers
 from absl.testing import absltest
 
-from cacovid_jax.models import (
-  checkpoints,
-  qwen2,
-  qwen2_5_vl,
-  qwen2_5_vl_vision,
-)
+from cacovid_jax.models import checkpoints, qwen2, qwen2_5_vl, qwen2_5_vl_vision
 from cacovid_jax.parity import models
 from tests.models import mrope_loop, towers
 

@@ -243,9 +243,7 @@ class TowerTest(parameterized.TestCase):
       [np.pad(video, [(0, most - len(video)), (0, 0)]) for video in videos]
     )
     features, _ = jax.jit(jax.vmap(_apply, in_axes=(None, 0, 0)))(
-      _params(),
-      batch,
-      jax.tree.map(lambda *leaves: np.stack(leaves), *found),
+      _params(), batch, jax.tree.map(lambda *leaves: np.stack(leaves), *found)
     )
     for i, grid in enumerate(grids):
       alone, _ = _encode(grid, videos[i])

@@ -72,6 +72,10 @@ def scale_config(owner, name, field):
   return mutate
 
 
+of_objective = functools.partial(scale_config, objective, "ObjectiveConfig")
+of_sampling = functools.partial(scale_config, sampling, "SamplingConfig")
+
+
 def scale_group_cap(patch):
   cap = sampling._group_cap
   patch.setattr(sampling, "_group_cap", lambda *args: 1.01 * cap(*args))
@@ -97,45 +101,15 @@ def scale_sharpness(patch):
   ("name", "case", "mutate", "noticed"),
   [
     ("objective_mixed", 0, scale_kappa, "grad_token"),
-    (
-      "objective_mixed",
-      0,
-      scale_config(objective, "ObjectiveConfig", "clip_low"),
-      "token_loss",
-    ),
-    (
-      "objective_mixed",
-      0,
-      scale_config(objective, "ObjectiveConfig", "clip_high"),
-      "token_loss",
-    ),
+    ("objective_mixed", 0, of_objective("clip_low"), "token_loss"),
+    ("objective_mixed", 0, of_objective("clip_high"), "token_loss"),
     ("sampling", 0, scale_group_cap, "group_probs"),
     ("sampling", 5, scale_group_cap, "group_cap"),
     ("clip_max_probability", 0, scale_cap, "q"),
-    (
-      "sampling",
-      3,
-      scale_config(sampling, "SamplingConfig", "min_token_weight"),
-      "token_weights",
-    ),
-    (
-      "sampling",
-      3,
-      scale_config(sampling, "SamplingConfig", "max_token_weight"),
-      "token_weights",
-    ),
-    (
-      "sampling",
-      1,
-      scale_config(sampling, "SamplingConfig", "mass_epsilon"),
-      "token_weights",
-    ),
-    (
-      "sampling",
-      1,
-      scale_config(sampling, "SamplingConfig", "max_group_prob"),
-      "group_probs",
-    ),
+    ("sampling", 3, of_sampling("min_token_weight"), "token_weights"),
+    ("sampling", 3, of_sampling("max_token_weight"), "token_weights"),
+    ("sampling", 1, of_sampling("mass_epsilon"), "token_weights"),
+    ("sampling", 1, of_sampling("max_group_prob"), "group_probs"),
     ("select", 1, scale_sharpness, "keep"),
   ],
 )

@@ -62,10 +62,7 @@ def test_noise_decides_between_equal_tokens_only():
   drawn = {tuple(peaks(z, 1, jax.random.key(i)).tolist()) for i in range(8)}
   assert len(drawn) > 1
   z = jax.random.normal(jax.random.key(0), (30, 8))
-  np.testing.assert_array_equal(
-    peaks(z, 7, jax.random.key(1)),
-    peaks(z, 7),
-  )
+  np.testing.assert_array_equal(peaks(z, 7, jax.random.key(1)), peaks(z, 7))
 
 
 def test_vmap_equals_a_loop_and_half_precision_is_taken():

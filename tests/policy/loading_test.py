@@ -16,12 +16,7 @@ import pytest
 from cacovid_jax import base_config, command, errors, files
 from cacovid_jax import config as config_lib
 from cacovid_jax.models import checkpoints, qwen2, token_grid
-from cacovid_jax.policy import (
-  loading,
-  network,
-  objective,
-  selection,
-)
+from cacovid_jax.policy import loading, network, objective, selection
 from tests.evals import tiny
 
 FILE = os.path.join(os.path.dirname(__file__), "bilinear_policy.py")
@@ -405,27 +400,15 @@ def test_nor_does_one_beside_a_checkpoint(
   [
     ({"policy": -1}, "policy is -1; it must be an object"),
     ({"policy": "F64"}, "policy is 'F64'; it must be an object"),
-    (
-      {"policy": {"module": ["a"]}},
-      "policy.module is .'a'.; it must be a t",
-    ),
+    ({"policy": {"module": ["a"]}}, "policy.module is .'a'.; it must be a t"),
     ({"policy": {"dtype": None}}, "policy.dtype is None; it must be one of fl"),
-    (
-      {"policy": {"backend": 1e308}},
-      "policy.backend is 1e.308; it must",
-    ),
+    ({"policy": {"backend": 1e308}}, "policy.backend is 1e.308; it must"),
     ({"policy": {"backend": ["", 10**18]}}, "policy.backend is .* one of auto"),
     ({"policy": {"num_halvings": True}}, "policy.num_halvings .* whole number"),
     ({"policy": {"num_halvings": -1}}, "policy.num_halvings is -1; it"),
-    (
-      {"policy": {"num_halvings": 2, "": ""}},
-      "Policy takes other options",
-    ),
+    ({"policy": {"num_halvings": 2, "": ""}}, "Policy takes other options"),
     ({"base_model": []}, r"base_model is \[\]; it must be an object"),
-    (
-      {"base_model": {"sha256": 3}},
-      "base_model.sha256 is 3; it must be",
-    ),
+    ({"base_model": {"sha256": 3}}, "base_model.sha256 is 3; it must be"),
     (
       {"policy": {}, "weights_sha256": "a"},
       "weights_sha256 is 'a'; it must be an object",
@@ -434,10 +417,7 @@ def test_nor_does_one_beside_a_checkpoint(
       {"weights_sha256": {"policy.safetensors": "a"}},
       r"weights_sha256\[...\] must be a list",
     ),
-    (
-      {"policy": {}, "module_sha256": 3},
-      "module_sha256 is 3; it must be a",
-    ),
+    ({"policy": {}, "module_sha256": 3}, "module_sha256 is 3; it must be a"),
   ],
 )
 def test_values_of_wrong_kinds_are_named(checkpoint, write, described, message):

@@ -214,8 +214,7 @@ def test_the_clamp_bounds_a_growing_ratio():
   memory = memory_of(3)
   old = network.Scores(jnp.zeros((T, 2)), jnp.zeros((N, 2)))
   new = old._replace(
-    token=old.token.at[:, 0].set(-80.0),
-    frame=old.frame.at[:, 0].set(-80.0),
+    token=old.token.at[:, 0].set(-80.0), frame=old.frame.at[:, 0].set(-80.0)
   )
   old = old._replace(
     token=old.token.at[:, 1].set(-80.0), frame=old.frame.at[:, 1].set(-80.0)

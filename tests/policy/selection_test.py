@@ -120,11 +120,7 @@ def test_equals_a_loop(grid, ratio, iota, share):
 @pytest.mark.parametrize(("grid", "ratio", "iota", "share"), CASES)
 def test_the_best_of_the_clip_are_those_of_a_sort(grid, ratio, iota, share):
   budget = selection.budget(
-    grid,
-    ratio,
-    by_frame=False,
-    importance_ratio=iota,
-    max_frame_share=share,
+    grid, ratio, by_frame=False, importance_ratio=iota, max_frame_share=share
   )
   run = jax.jit(functools.partial(selection.select, budget=budget))
   for seed, scale in enumerate([0.01, 1.0, 0.0]):

@@ -380,7 +380,7 @@ STOPS = {
     "policy", "cacovid_other_question needs a trained policy"),
   "unknown policy": (
     ASKS, _nothing, {"evals.methods": ("cacovid?policy=x",)},
-    "policy", "there is no policy 'x'"),
+    "policy", "no policy 'x'; there are"),
   "ratios of a text": (
     ASKS, functools.partial(_broken_description, ratios="abc"), {},
     "policy", "ratios is 'abc'; it must be a list"),

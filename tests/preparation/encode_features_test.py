@@ -170,10 +170,7 @@ def test_clips_that_cannot_be_used_are_listed_once(
   for present in (0, 1):
     run = make(folder, checkpoint, tmp_path, asked)
     report = encode_features.encode(
-      run.store,
-      asked,
-      str(tmp_path),
-      rejected=left_out.RejectedClips(path),
+      run.store, asked, str(tmp_path), rejected=left_out.RejectedClips(path)
     )
     assert report.num_present == present
     assert report.failed == {

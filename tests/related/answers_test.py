@@ -52,6 +52,38 @@ def test_all_rows_at_their_places_are_the_whole_video(answers):
   assert loss == pytest.approx(-np.mean(right), abs=1e-6)
 
 
+def test_a_distillation_asks_for_what_the_whole_clip_gives(answers):
+  asked, heard = answers.asked("train"), answers.heard()
+  length = asked.ids.shape[1]
+  assert heard.shape == (len(asked.ids), 12, length, 128)
+  which = np.array([0, len(asked.ids) - 1])  # About the first and the last.
+  features, ids, letter = asked.take(which)
+  index = jnp.broadcast_to(jnp.arange(784), (2, 784))
+  read = jax.jit(answers.read, static_argnames="want_hidden")
+  given = answers.params, features, index, ids, letter
+  _, out = read(*given, want_hidden=True)
+  found = np.moveaxis(out["hidden"][:, :, -length:], 0, 1)
+  np.testing.assert_allclose(found, heard[which], rtol=2e-3, atol=2e-2)
+  loss = jax.jit(answers.loss)
+  plain, near = loss(*given), loss(*given, heard[which])
+  assert plain < near < plain + 1e-3
+  given = answers.params, features[::-1], *given[2:]
+  assert loss(*given, heard[which]) - loss(*given) > 0.1
+
+
+def test_variance_that_is_not_found_by_a_loop():
+  rng = np.random.default_rng(0)
+  found, told = rng.normal(size=(2, 2, 3, 5, 4))
+  there = rng.random((3, 5)) < 0.6
+  shares = []
+  for layer in range(2):
+    for channel in range(4):
+      a, b = found[layer, ..., channel][there], told[layer, ..., channel][there]
+      shares.append(np.square(a - b).mean() / b.var())
+  out = answers_lib.unlike(found, told, jnp.asarray(there))
+  assert out == pytest.approx(np.mean(shares), rel=1e-5)
+
+
 def test_the_questions_mean_ends_with_the_users_turn(answers):
   ids = answers.asked("test").ids[:1]
   tokenizer = answers.experiment.loaded.tokenizer

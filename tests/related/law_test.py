@@ -47,7 +47,7 @@ def test_what_the_published_scores_cannot_tell_has_no_standard_error():
     law.standard_error("D")
   with pytest.raises(errors.UserError, match="only the product AB"):
     law.standard_error("A")
-  with pytest.raises(errors.UserError, match="'gamma' was not fitted"):
+  with pytest.raises(errors.UserError, match="no fitted parameter 'gamma'"):
     law.standard_error("gamma")
 
 

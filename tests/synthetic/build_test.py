@@ -225,7 +225,7 @@ def test_a_build_that_was_stopped_is_done_again(folder, tmp_path):
 @pytest.mark.parametrize(
   ("fields", "named"),
   [
-    ({"variant": "crowded"}, "unknown variant 'crowded'"),
+    ({"variant": "crowded"}, "no variant 'crowded'; there are"),
     ({"clips": (0, 0, 0, 0)}, "one number per split"),
     ({"clips": (-1, 1, 1, 1)}, "one number per split"),
     ({"questions_per_clip": 0}, "at least 1"),

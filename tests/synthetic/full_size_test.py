@@ -32,13 +32,7 @@ from cacovid_jax.synthetic import (
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
 VARIANTS = ("full", "plain")
-KINDS = (
-  "symbol",
-  "count_over_time",
-  "order_of_three",
-  "changed",
-  "last_place",
-)
+KINDS = ("symbol", "count_over_time", "order_of_three", "changed", "last_place")
 NAMES = (world.COLOR_NAMES, world.PATTERNS, world.SHAPES)
 
 
@@ -453,8 +447,7 @@ def test_policies_are_trained_as_the_paper_says():
 
 def test_a_base_model_of_another_size_is_refused(tmp_path):
   config = config_lib.load(
-    "configs/synthetic_base.py:geometry=full,debug",
-    ["vision.image_size=112"],
+    "configs/synthetic_base.py:geometry=full,debug", ["vision.image_size=112"]
   )
   with pytest.raises(errors.UserError, match="full, plain are of 224 pixels"):
     pretraining.pretrain(config, tmp_path)

@@ -137,11 +137,7 @@ def test_pruned_questions_are_answered_as_by_the_pruning_of_rollouts():
   def expected(ids, features, index, count):
     x = model.embed_prompt(params, ids, features, VIDEO_ROWS)
     rows, new_length, _ = prompt_batch.kept_rows(
-      index,
-      count,
-      video_rows=VIDEO_ROWS,
-      length=length,
-      num_rows=length,
+      index, count, video_rows=VIDEO_ROWS, length=length, num_rows=length
     )
     hidden, _ = model.forward(
       params, x[rows][None], rows[None, None], lengths=new_length[None]

@@ -27,13 +27,7 @@ from cacovid_jax.models import (
   video_llm,
 )
 from cacovid_jax.policy import network, sampling
-from cacovid_jax.training import (
-  batches,
-  programs,
-  ratio,
-  replay,
-  step,
-)
+from cacovid_jax.training import batches, programs, ratio, replay, step
 from cacovid_jax.training import run as run_lib
 from tests.data import clips
 from tests.training import loop_test, tiny, tiny_qwen
@@ -452,10 +446,7 @@ def test_text_is_padded_to_the_buckets_of_the_run(folder, rows, checkpoint):
 
   buckets, found = lengths(())
   assert all(rows == buckets[-1] for rows, _ in found) and len(buckets) == 1
-  longer = [
-    dataclasses.replace(rows[0], prompt="and so on " * 40),
-    *rows[1:],
-  ]
+  longer = [dataclasses.replace(rows[0], prompt="and so on " * 40), *rows[1:]]
   buckets, found = lengths((), longer)
   assert len(buckets) == 2
   for length, text in found:

@@ -520,10 +520,7 @@ def test_a_run_of_one_step_compiles_no_other_length(tmp_path):
     ({"sampling.ratio": 0.001}, "keeps no token"),
     ({"sampling.ratio": 1.5}, "ratio is 1.5; it must be a number above"),
     ({"rollout.reward": "likelihood"}, "rollout.reward"),
-    (
-      {"policy.dtype": "float8"},
-      "policy.dtype is 'float8'; it must be one of",
-    ),
+    ({"policy.dtype": "float8"}, "policy.dtype is 'float8'; it must be one of"),
     ({"policy.backend": "cuda"}, "policy.backend is 'cuda'; it must be one of"),
     ({"policy.module": "nowhere.py:Own"}, "no file"),
     ({"iterations": 0}, "iterations"),

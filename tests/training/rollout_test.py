@@ -22,10 +22,7 @@ def prompts():
   constants = tiny.constants(config)
   whole = tiny.batch().prompts
   x = jax.jit(jax.vmap(config.model.embed_prompt, (None, 0, 0, 0)))(
-    constants.params,
-    whole.ids,
-    whole.features,
-    whole.video_rows,
+    constants.params, whole.ids, whole.features, whole.video_rows
   )
   positions = jnp.broadcast_to(jnp.arange(tiny.LENGTH), (2, 1, tiny.LENGTH))
   return (

@@ -45,10 +45,8 @@ def read_own(
     split: one of `SPLITS`; "" is all of them.
     **options: `on_bad_row` and `report`, see `tables.collect`.
   """
-  if split and split not in SPLITS:
-    raise errors.UserError(
-      f"there is no split {split!r}; give {', '.join(SPLITS)}"
-    )
+  if split:
+    errors.check_known("split", split, SPLITS)
   validation.check_root(root)
   path = find(path[0] if isinstance(path, list) else path)
   if path.endswith(".csv"):

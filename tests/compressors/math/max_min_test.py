@@ -11,8 +11,7 @@ from cacovid_jax.compressors.math import max_min
 from tests.compressors import quick, selections
 
 kernel = quick.jit(
-  functools.partial(max_min.max_min_picks, interpret=True),
-  static_argnums=2,
+  functools.partial(max_min.max_min_picks, interpret=True), static_argnums=2
 )
 
 
