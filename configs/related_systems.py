@@ -139,7 +139,7 @@ def _quecc_llm(size):
     count=_of(size, (2, 1), (300, 64), (2000, 250)),
     policy="",  # "" is the shipped one.
     # Whether training makes the base model's layers give what the whole clip
-    # gives, too; on letters alone, the start is slow.
+    # gives, too.
     distil=True,
     width=_of(size, 16, 128, 128),
     heads=_of(size, 2, 8, 8),

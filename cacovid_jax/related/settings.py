@@ -29,6 +29,7 @@ LIMITS = config_limits.listed(
       " infotok.source_test infotok.batch quecc_llm.width quecc_llm.heads"
       " quecc_llm.batch vqtoken.batch",
     ),
+    (bool, "quecc_llm.distil"),
     (schema.Weight, "emcl.noise emcl.subspace_noise"),
     (schema.Weight, "law.noise infotok.enough"),
     (_PAIRS, "hcq.codes quecc.sizes"),

@@ -703,7 +703,7 @@ def test_mistakes_are_one_line_before_anything_runs(shared, monkeypatch):
 @pytest.mark.parametrize(
   "change,match",
   [
-    ({"split": "train"}, "there are test, validation"),
+    ({"split": "train"}, "its splits: test, validation"),
     ({"directory": "nowhere"}, "no data in nowhere"),
   ],
 )
