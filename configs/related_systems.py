@@ -138,8 +138,8 @@ def _quecc_llm(size):
               (("dense", 1), ("dense", 2), ("dense", 4), ("sparse", 1))),
     count=_of(size, (2, 1), (300, 64), (2000, 250)),
     policy="",  # "" is the shipped one.
-    # Whether training makes the base model's layers give what the whole clip
-    # gives, too.
+    # Whether training gives questions the keys and values that whole clips
+    # give, too.
     distil=True,
     width=_of(size, 16, 128, 128),
     heads=_of(size, 2, 8, 8),

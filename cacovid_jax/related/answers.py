@@ -20,7 +20,7 @@ from cacovid_jax import base_config, compressors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
-from cacovid_jax.models import prompt_batch, token_grid
+from cacovid_jax.models import layers, prompt_batch, token_grid
 from cacovid_jax.policy import network
 from cacovid_jax.synthetic import base_models, packed, packing, world
 from cacovid_jax.synthetic import losses as losses_lib
@@ -45,10 +45,11 @@ class Asked(NamedTuple):
 def unlike(found, told, there):
   """Returns float32[], how much of the variance of `told` is not `found`.
 
-  Of rows float[layers, B, A, D], those of bool[B, A]; the mean of all channels.
+  Of rows float[B, layers, A, C], those of bool[B, A]; the mean of all layers'
+  channels.
   """
-  share = (there / there.sum())[..., None]
-  mean = functools.partial(jnp.sum, axis=(1, 2), keepdims=True)
+  share = (there / there.sum())[:, None, :, None]
+  mean = functools.partial(jnp.sum, axis=(0, 2), keepdims=True)
   center = mean(told * share)
   spread = mean(jnp.square(told - center) * share)
   return (mean(jnp.square(found - told) * share) / (spread + 1e-6)).mean()
@@ -128,63 +129,64 @@ class Answers:
 
   @functools.cache  # noqa: B019
   def heard(self) -> jax.Array:
-    """Returns float16[q, layers, A, D] of training questions, whole clips seen.
+    """Returns float16[q, layers - 1, A, C], what `read` gives of whole clips.
 
-    What each layer of the base model gives in the question's rows.
+    Of training's, kept on the device: a batch of them is no transfer.
     """
+    index = jnp.arange(self.prompts.num_video)[None]
 
     @jax.jit
-    def read(params, features, ids):
-      _, out = self.prompts.full_hidden(
-        params, packed.TowerOutput(features[None]), ids[None], want_hidden=True
-      )
-      return jnp.moveaxis(out["hidden"], 0, 1).astype(jnp.float16)
+    def read(params, asked):
+      def one(which):
+        features, ids, letter = asked.take(which[None])
+        found = self.read(params, features, index, ids, letter, want_cache=True)
+        return found[1][0].astype(jnp.float16)
 
-    asked = self.asked("train")
-    parts = np.split(np.arange(len(asked.ids)), np.unique(asked.clip, True)[1])
-    found = [
-      read(self.params, asked.features[asked.clip[one[0]]], asked.ids[one])
-      for one in parts[1:]
-    ]
-    return jnp.concatenate(found)
+      return jax.lax.map(one, jnp.arange(len(asked.ids)), batch_size=_AT_ONCE)
+
+    return read(self.params, self.asked("train"))
 
   def logits(self, *given):
     """Returns float32[B, V] where the letter is asked for; see `read`."""
     return self.read(*given)[0]
 
-  def read(self, params, rows, index, ids, letter, want_hidden=False):
-    """Returns (logits float32[B, V] where the letter is asked for, out).
+  def read(self, params, rows, index, ids, letter, want_cache=False):
+    """Returns (logits float32[B, V] where the letter is asked for, cache).
 
     Of rows float32[B, K, D] at the places int32[B, K] of distinct tokens; the
-    base model's `params` are given, as they may be trained. `out` is as of
-    `packed.PackedPrompts.pruned_hidden`.
+    base model's `params` are given, as they may be trained. If wanted, `cache`
+    float32[B, layers - 1, A, C] are keys and values of the question's rows. The
+    first layer's are left out: they do not depend on the video.
     """
     shape = len(rows), self.prompts.num_video, rows.shape[-1]
     features = jax.vmap(lambda x, i, r: x.at[i].set(r))
     video = packed.TowerOutput(features(jnp.zeros(shape), index, rows))
     hidden, out = self.prompts.pruned_hidden(
       params, video, ids[:, None], index[:, None],
-      jnp.ones((len(rows), 1, rows.shape[1]), bool), want_hidden=want_hidden,
+      jnp.ones((len(rows), 1, rows.shape[1]), bool), want_cache=want_cache,
     )  # fmt: skip
     last = hidden[jnp.arange(len(rows)), 0, letter - 1]
-    return self.prompts.model.logits(params, last), out
+    logits = self.prompts.model.logits(params, last)
+    if not want_cache:
+      return logits, None
+    cache = [layers.joined(out[name])[1:] for name in ("keys", "values")]
+    cache = jnp.concatenate(cache, axis=-1)[:, :, -ids.shape[1] :]
+    return logits, jnp.moveaxis(cache.reshape(*cache.shape[:3], -1), 0, 1)
 
   def loss(self, params, rows, index, ids, letter, heard=None):
     """Returns float32[], the cross entropy of the letters; see `read`.
 
-    And how far the question's rows are from those of the whole clip, float[B,
-    layers, A, D] of `heard`, if given: a distillation, `unlike`.
+    And how far its keys and values are from those of the whole clip, float[B,
+    layers - 1, A, C] of `heard`, if given: a distillation, `unlike`.
     """
     given = params, rows, index, ids, letter
-    logits, out = self.read(*given, want_hidden=heard is not None)
+    logits, cache = self.read(*given, want_cache=heard is not None)
     told = jax.nn.log_softmax(logits)
     loss = -jnp.take_along_axis(told, _letters(ids, letter), axis=-1).mean()
     if heard is None:
       return loss
-    length = ids.shape[1]
-    there = jnp.arange(length) < letter[:, None]
-    told = jnp.moveaxis(heard, 0, 1).astype(jnp.float32)
-    return loss + unlike(out["hidden"][:, :, -length:], told, there)
+    there = jnp.arange(ids.shape[1]) < letter[:, None]
+    return loss + unlike(cache, heard.astype(jnp.float32), there)
 
   def hits(self, made, params=None) -> float:
     """Returns the share of test questions that are answered right.

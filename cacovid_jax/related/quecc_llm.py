@@ -1,8 +1,9 @@
 """QueCC in front of the frozen base model, trained on answers.
 
-On their letters, and to make of the questions' rows what the whole clip makes.
-At the same number of rows: with the question and without it, cells averaged as
-they are and with a trained map, and tokens that a policy or a rule selects.
+On their letters, and to give questions the keys and values that whole clips
+give. At the same number of rows: with the question and without it, cells
+averaged as they are and with a trained map, and tokens that a policy or a rule
+selects.
 
 Axes: B questions, T frames, H W token grid of one, S cells along a side, D
 width.

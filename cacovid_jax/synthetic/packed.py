@@ -120,17 +120,10 @@ class PackedPrompts:
     rows = jnp.concatenate([head.ids, ids], axis=1)
     return embed(params, rows, features, head.video_rows)
 
-  def full_logits(self, *args):
-    """Returns float32[B, Q, A, V]; arguments are those of `full_hidden`."""
-    return self.model.logits(args[0], self.full_hidden(*args)[0])
+  def full_logits(self, params, video: TowerOutput, ids, which=None):
+    """Returns float32[B, Q, A, V] of whole videos; ids int32[B, Q, A].
 
-  def full_hidden(
-    self, params, video: TowerOutput, ids, which=None, want_hidden=False
-  ):
-    """Returns (hidden float[B, Q, A, D], out) of questions about whole videos.
-
-    A head is read once, and each question beside it, int32[B, Q, A]: they see
-    no other. `out` is as of `model.forward`, with A rows a question.
+    A head is read once, and each question beside it: they see no other.
     """
     batch, num_questions, length = ids.shape
     head = self.chosen(which, batch)
@@ -146,13 +139,13 @@ class PackedPrompts:
 
     mask = self.question_mask(head, length)
     positions = _with_text(head, head.positions[..., :0], np.arange(length))
-    hidden, out = self.model.forward(
+    hidden, _ = self.model.forward(
       params, self.model.embed_text(params, ids.reshape(-1, length)),
       each(positions), mask=mask if len(mask) == 1 else each(mask),
       causal=False, earlier=(out["keys"], out["values"]),
-      want_hidden=want_hidden,
     )  # fmt: skip
-    return hidden.reshape(batch, num_questions, length, -1), out
+    hidden = hidden.reshape(batch, num_questions, length, -1)
+    return self.model.logits(params, hidden)
 
   def pruned_logits(self, *args, **kwargs):
     """Returns float32[B, Q, A, V]; arguments are those of `pruned_hidden`."""
@@ -160,14 +153,14 @@ class PackedPrompts:
 
   def pruned_hidden(
     self, params, video: TowerOutput, ids, index, valid, merged=None,
-    which=None, want_hidden=False,
+    which=None, want_cache=False,
   ):  # fmt: skip
-    """Returns as `full_hidden`, of kept tokens of each question's own.
+    """Returns (hidden float[B, Q, A, D], out) of each question's kept tokens.
 
     At original positions, int32[B, Q, K], ascending where valid bool[B, Q, K]
-    is True; `out` has the rows of heads, too, before those of questions. By
-    share `merged` float32[B, Q], a kept token becomes the mean of the tokens
-    that are most alike to it.
+    is True. By share `merged` float32[B, Q], a kept token becomes the mean of
+    the tokens that are most alike to it. `out` is as of `model.forward`, of B Q
+    prompts with a head each.
     """
     batch, num_questions, length = ids.shape
     head, start = self.chosen(which, batch), self.video_start
@@ -201,7 +194,7 @@ class PackedPrompts:
       start + jnp.arange(index.shape[-1]), (len(x), index.shape[-1])
     )
     hidden, out = self.model.forward(
-      params, x, positions, mask=mask, causal=False, want_hidden=want_hidden,
+      params, x, positions, mask=mask, causal=False, want_cache=want_cache,
       **_deep(deep, places),
     )  # fmt: skip
     return hidden[:, -length:].reshape(batch, num_questions, length, -1), out

@@ -55,30 +55,50 @@ def test_all_rows_at_their_places_are_the_whole_video(answers):
 def test_a_distillation_asks_for_what_the_whole_clip_gives(answers):
   asked, heard = answers.asked("train"), answers.heard()
   length = asked.ids.shape[1]
-  assert heard.shape == (len(asked.ids), 12, length, 128)
+  assert heard.shape == (len(asked.ids), 11, length, 2 * 2 * 32)
   which = np.array([0, len(asked.ids) - 1])  # About the first and the last.
   features, ids, letter = asked.take(which)
-  index = jnp.broadcast_to(jnp.arange(784), (2, 784))
-  read = jax.jit(answers.read, static_argnames="want_hidden")
-  given = answers.params, features, index, ids, letter
-  _, out = read(*given, want_hidden=True)
-  found = np.moveaxis(out["hidden"][:, :, -length:], 0, 1)
-  np.testing.assert_allclose(found, heard[which], rtol=2e-3, atol=2e-2)
+  # Keys and values of a whole prompt, which is read as any other.
+  model, head = answers.prompts.model, answers.prompts.chosen(None, 1)
+  end = head.following[0] + jnp.arange(length)
+
+  @jax.jit
+  def rows(features, ids):
+    whole = jnp.concatenate([head.ids[0], ids])
+    video = features, head.video_rows[0]
+    x = model.embed_prompt(answers.params, whole, *video)[None]
+    positions = jnp.concatenate([head.positions, end[None, None]], axis=-1)
+    _, out = model.forward(answers.params, x, positions, want_cache=True)
+    found = [jnp.stack(out[name])[:, 0] for name in ("keys", "values")]
+    return jnp.concatenate(found, axis=-1)[:, -length:].reshape(12, length, -1)
+
+  for told, clip, own in zip(heard[which], features, ids, strict=True):
+    found, blank = rows(clip, own), rows(0 * clip, own)
+    np.testing.assert_allclose(found[1:], told, rtol=2e-3, atol=5e-3)
+    # The first layer has not seen the video, the second has.
+    np.testing.assert_array_equal(found[0], blank[0])
+    assert np.abs(found[1] - blank[1]).max() > 0.05
   loss = jax.jit(answers.loss)
+  index = jnp.broadcast_to(jnp.arange(784), (2, 784))
+  given = answers.params, features, index, ids, letter
   plain, near = loss(*given), loss(*given, heard[which])
-  assert plain < near < plain + 1e-3
+  assert plain < near < plain + 1e-4
+  # Of rows from the answer's letter on nothing is asked.
+  later = jnp.arange(length) >= letter[:, None]
+  other = jnp.where(later[:, None, :, None], 9, heard[which])
+  assert loss(*given, other) == near
   given = answers.params, features[::-1], *given[2:]
   assert loss(*given, heard[which]) - loss(*given) > 0.1
 
 
 def test_variance_that_is_not_found_by_a_loop():
   rng = np.random.default_rng(0)
-  found, told = rng.normal(size=(2, 2, 3, 5, 4))
+  found, told = rng.normal(size=(2, 3, 2, 5, 4))
   there = rng.random((3, 5)) < 0.6
   shares = []
   for layer in range(2):
     for channel in range(4):
-      a, b = found[layer, ..., channel][there], told[layer, ..., channel][there]
+      a, b = (x[:, layer, :, channel][there] for x in (found, told))
       shares.append(np.square(a - b).mean() / b.var())
   out = answers_lib.unlike(found, told, jnp.asarray(there))
   assert out == pytest.approx(np.mean(shares), rel=1e-5)
