@@ -18,11 +18,12 @@ as 16 x 7 x 7 tokens, for `configs/synthetic.py:family=qwen3_vl`.
 python -m cacovid_jax.pretrain --workdir workdirs/base_qwen3_vl \
     --config configs/synthetic_base.py:family=qwen3_vl
 
-Not trained to its end yet. Norms of queries and keys bound how sharply this
-decoder looks, and it learns later. Of scenes told in words, after 900 steps of
-128, 44 % of answers are right; 49 % with scales that begin at 1.5 and have ten
-times the rate, as here; 44 and 46 % with one of the two; 50 % without norms and
-with biases, as LLaVA-OneVision has it (one run each on an H200).
+3 300 steps reached 79 % (docs/results.md). Norms of queries and keys bound how
+sharply this decoder looks, and it learns later. Of scenes told in words, after
+900 steps of 128, 44 % of answers are right; 49 % with scales that begin at 1.5
+and have ten times the rate, as here; 44 and 46 % with one of the two; 50 %
+without norms and with biases, as LLaVA-OneVision has it (one run each on an
+H200).
 """
 
 import ml_collections
