@@ -365,7 +365,6 @@ def check_shapes(given, expected, where):
     ],
   }
   told = [f"{k} {', '.join(names)}" for k, names in faults.items() if names]
-  if told:
-    raise errors.UserError(
-      f"{where} does not fit the policy's config: {'; '.join(told)}"
-    )
+  errors.check(
+    not told, f"{where} does not fit the policy's config: {'; '.join(told)}"
+  )

@@ -182,6 +182,9 @@ def init_state(model, config, stage=world.SMALL):
   whole = jax.sharding.NamedSharding(mesh_lib.make_mesh(), P())
   params = init_params(jax.random.key(config.seed), model, stage)
   params = _scale_qk_norms(params, config.norm_scale)
+  if path := config.init:
+    given = model.config, jnp.float32
+    params["model"] = checkpoints.load_params(path, *given, layers="stacked")
   params = jax.device_put(params, whole)
   opt_state = jax.jit(make_tx(config)[0].init)(params)
   return {"params": params, "opt_state": jax.device_put(opt_state, whole)}

@@ -7,9 +7,11 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
+from safetensors import numpy
 
 import tests
 from cacovid_jax import config as config_lib
@@ -124,3 +126,56 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path):
   config = config_lib.load(SPEC)  # Two clips a step; tests have 8 devices.
   with pytest.raises(errors.UserError, match="batch_size 2 .* 8 devices"):
     pretraining.pretrain(config, tmp_path)
+
+
+def test_a_run_begins_with_the_weights_that_it_is_given(whole, one_device):
+  path = whole[0] / "base_model"
+  config = config_lib.load(SPEC, [f"pretrain.init={path}"])
+  model = checkpoints.load(path).model
+  with one_device():
+    given = pretraining.init_state(model, config.pretrain)["params"]
+    drawn = pretraining.init_state(model, config_lib.load(SPEC).pretrain)
+  stored = numpy.load_file(path / "model.safetensors")
+  stored = {name.split("model.")[-1]: x for name, x in stored.items()}
+  layers = given["model"]["language_model"]["layers"]
+  for i, kernel in enumerate(layers["down_proj"]["kernel"]):
+    want = stored[f"layers.{i}.mlp.down_proj.weight"].T
+    np.testing.assert_array_equal(kernel, np.float32(want))
+  table = given["model"]["language_model"]["embed_tokens"]
+  want = stored["embed_tokens.weight"]
+  np.testing.assert_array_equal(table, np.float32(want))
+  # What only training has is drawn as ever.
+  chex.assert_trees_all_equal(given["asked"], drawn["params"]["asked"])
+  assert (
+    np.abs(
+      table - drawn["params"]["model"]["language_model"]["embed_tokens"]
+    ).max()
+    > 0
+  )
+
+
+@pytest.mark.parametrize("init", ["nowhere", "of_another"])
+def test_weights_that_are_not_there_or_do_not_fit_are_refused(
+  whole, tmp_path, init
+):
+  values = ["vocab_size=592", f"pretrain.init={whole[0] / 'base_model'}"]
+  if init == "nowhere":
+    values = [f"pretrain.init={tmp_path / 'nowhere'}"]
+  told = {"nowhere": "nowhere", "of_another": "misshaped .*embed_tokens"}
+  with pytest.raises(errors.UserError, match=told[init]) as found:
+    pretraining.pretrain(config_lib.load(SPEC, values), tmp_path / "run")
+  assert "\n" not in str(found.value)
+
+
+def test_the_second_stage_of_a_small_qwen3_vl_goes_on_from_the_first():
+  spec = str(ROOT / "configs" / "synthetic_base.py")
+  first, second = (
+    config_lib.load(f"{spec}:family=qwen3_vl{more}").pretrain.to_dict()
+    for more in ("", ",stage=2")
+  )
+  assert second.pop("init") == "workdirs/base_qwen3_vl_1/base_model"
+  assert first["init"] == "" and second["weights"]["asked"] == 4.0
+  assert second["packing"]["dense_objects"] == first["packing"]["dense_objects"]
+  for wrong in ("stage=2", "family=qwen3_vl,stage=3"):
+    with pytest.raises(errors.UserError, match="unknown size"):
+      config_lib.load(f"{spec}:{wrong}")

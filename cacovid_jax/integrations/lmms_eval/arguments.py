@@ -66,10 +66,9 @@ def parse(**given: Any):
       known = ", ".join(sorted({*ARGUMENTS, *_ALIASES, "config"}))
       raise errors.UserError(f"unknown model argument {name!r}; known: {known}")
     key = ARGUMENTS.get(own, name)
-    if key in values:
-      raise errors.UserError(
-        f"{name} is another name of {own}; give one of them"
-      )
+    errors.check(
+      key not in values, f"{name} is another name of {own}; give one of them"
+    )
     old = config_lib.value_of(config, key)
     like = old[0] if isinstance(old, tuple) and old else old
     values[key] = _converted(name, value, like)
