@@ -90,10 +90,9 @@ _LIMITS = (
     schema.Weight,
     "objective.clip_high objective.kl_weight optimizer.lr_heads"
     " optimizer.lr_layer optimizer.weight_decay table.tolerance pretrain.lr"
-    " pretrain.weight_decay pretrain.norm_rate"
-    " pretrain.weights.full pretrain.weights.pruned"
-    " pretrain.weights.told pretrain.weights.labels pretrain.weights.size"
-    " pretrain.weights.asked",
+    " pretrain.weight_decay pretrain.norm_rate pretrain.weights.full"
+    " pretrain.weights.pruned pretrain.weights.told pretrain.weights.labels"
+    " pretrain.weights.size pretrain.weights.asked",
   ),
   (schema.Positive, "optimizer.clip text.rope_theta pretrain.norm_scale"),
   # Above it, float32 would not tell a step of the average from none.
@@ -122,6 +121,7 @@ _LIMITS = (
   (schema.one_of("cosine", "cosine_repeated"), "optimizer.schedule"),
   (schema.one_of("video_r1", "video_r1_filtered"), "tfds.name"),
   (bool, "remat"),
+  (schema.Text, "pretrain.init"),
   (
     TEXTS,
     "prepare.variants prepare.tiny_models table.benchmarks table.folders"
