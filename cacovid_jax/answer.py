@@ -1,7 +1,7 @@
 r"""Asks a video model a question and says what it answers from fewer tokens.
 
 python -m cacovid_jax.answer --video clip.mp4 --question "Which came first?" \
-    --options "red,blue,green,grey" --method uniform --ratios 1.0,0.25,0.1
+    --options "red,blue,green,grey" --methods uniform --ratios 1.0,0.25,0.1
 python -m cacovid_jax.answer --model DIR --policy POLICY --video clip.mp4 \
     --question "What happens?" --ratios 0.1 --report report.html
 python -m cacovid_jax.answer --video a.mp4 --video b.mp4 \

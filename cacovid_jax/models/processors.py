@@ -254,6 +254,8 @@ class PatchProcessor(Processor):
   max_pixels: int
 
   one_grid = False
+  # Fields of the same name in a processor's file.
+  _told = "patch_size", "temporal_patch_size", "merge_size"
 
   def __post_init__(self):
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
@@ -271,8 +273,7 @@ class PatchProcessor(Processor):
     size = entry.size or {}
     told = f"size is {size}; it must be an object of the least and most pixels"
     errors.check(isinstance(size, dict), told)
-    names = ("patch_size", "temporal_patch_size", "merge_size")
-    values = {name: getattr(entry, name) for name in names}
+    values = {name: getattr(entry, name) for name in cls._told}
     for name, edge in (("min", "shortest_edge"), ("max", "longest_edge")):
       name = f"{name}_pixels"
       values[name] = getattr(entry, name) or size.get(edge) or size.get(name)

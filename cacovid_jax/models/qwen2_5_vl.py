@@ -220,6 +220,11 @@ class QwenVLModel(video_llm.VideoLLM):
 
   def tower_inputs(self, inputs, bucket=None):
     vision, values, sizes = self.config.vision, inputs.values, None
+    errors.check(
+      values.shape[-1] == vision.patch_values,
+      f"patches have {values.shape[-1]} numbers, not {vision.patch_values}:"
+      " patch sizes in the processor's file are to be those of config.json",
+    )
     if bucket is not None:
       sizes = qwen2_5_vl_layout.Sizes.of_bucket(bucket, vision)
       rows = bucket.tokens * vision.patches_per_token

@@ -31,6 +31,9 @@ class Qwen3VLProcessor(processors.PatchProcessor):
 
   tells_time = True
   reads_images = False
+  _told = (
+    *processors.PatchProcessor._told, "cap_pixels_per_frame", "max_video_tokens"
+  )  # fmt: skip
   _on_disk = (
     "Qwen3VLProcessor patch_size temporal_patch_size merge_size min_pixels"
     " max_pixels mean std resample cap_pixels_per_frame max_video_tokens"
@@ -41,15 +44,6 @@ class Qwen3VLProcessor(processors.PatchProcessor):
     """For tests: patches of 4 pixels, at most 24 tokens of each of 8."""
     most = 8 * 24 * 8 * 8
     return cls(patch_size=4, min_pixels=4 * 8 * 8, max_pixels=most)
-
-  @classmethod
-  def _sizes_of(cls, entry):
-    own = {
-      "cap_pixels_per_frame": entry.cap_pixels_per_frame,
-      "max_video_tokens": entry.max_video_tokens,
-    }
-    own = {name: value for name, value in own.items() if value is not None}
-    return super()._sizes_of(entry) | own
 
   def with_paper_bounds(self, min_pixels=0, max_pixels=0):
     """See `processors.Processor`; at most the paper's tokens a frame.

@@ -126,6 +126,17 @@ def tiny(tmp_path_factory):
   return model, tokenizer_lib.Tokenizer.from_directory(folder)
 
 
+def test_patches_of_a_file_without_sizes_are_one_line(tiny, tmp_path):
+  (tmp_path / "video_preprocessor_config.json").write_text("{}")
+  model = tiny[0]
+  frames = np.zeros((4, 64, 64, 3), np.uint8)
+  released = model.read_processor(tmp_path)(frames, fps=2.0)
+  with pytest.raises(errors.UserError, match="1536 numbers, not 96") as caught:
+    model.tower_inputs(released)
+  assert "\n" not in str(caught.value)
+  assert model.tower_inputs(TINY(frames, fps=2.0)).layout is not None
+
+
 def _reference_clip(grid, indices, fps):
   """Returns what transformers writes in the placeholder's place."""
   own = processing_qwen3_vl.Qwen3VLProcessor
