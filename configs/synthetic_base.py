@@ -7,10 +7,14 @@ Smoke test on CPU in two minutes: `configs/synthetic_base.py:debug`.
 See cacovid_jax/assets/base_model/README.md for what the shipped one reached.
 
 `:geometry=full`: 32 frames of 14 x 14 tokens, for `configs/synthetic_full.py`;
-2.5 M parameters, 5 MB. A run may be stopped and given again. Not run yet.
+2.5 M parameters, 5 MB. Two stages of eight frames, then one of 32.
 
-python -m cacovid_jax.pretrain --workdir workdirs/base_full \
+python -m cacovid_jax.pretrain --workdir workdirs/base_full_1 \
     --config configs/synthetic_base.py:geometry=full
+python -m cacovid_jax.pretrain --workdir workdirs/base_full_2 \
+    --config configs/synthetic_base.py:geometry=full,stage=2
+python -m cacovid_jax.pretrain --workdir workdirs/base_full \
+    --config configs/synthetic_base.py:geometry=full,stage=3
 
 `:family=qwen3_vl`: a small Qwen3-VL, which sees 32 frames of 224 x 224 pixels
 as 16 x 7 x 7 tokens, for `configs/synthetic.py:family=qwen3_vl`, in two stages
@@ -65,13 +69,20 @@ def get_config(arg=None):
   config.remat = False
   config.pretrain = _pretrain(arg.debug)
   if arg.geometry == "full":
-    _make_full(config, arg.debug)
+    _make_full(config, arg.debug, arg.stage)
   if arg.family != "llava_onevision":
     config.family = arg.family
     _make_qwen3_vl(config, arg.debug)
-  common.check_size(arg.stage, ("1", "2") if "family" in config else ("1",))
-  if arg.stage == "2":
-    _go_on(config.pretrain, arg.debug)
+  stages = "12" if "family" in config else "1"
+  stages = "123" if arg.geometry == "full" else stages
+  common.check_size(arg.stage, tuple(stages))
+  if arg.stage != "1":
+    name = arg.geometry if arg.geometry == "full" else arg.family
+    first = f"base_{name}{'_debug' * arg.debug}_{int(arg.stage) - 1}"
+    _go_on(config.pretrain, f"workdirs/{first}/base_model", arg.debug)
+    if arg.geometry == "full" and arg.stage == "2":
+      config.pretrain.weights.asked, config.pretrain.lr = 1.0, 1.2e-3
+      config.pretrain.asked_questions = 1 if arg.debug else 2
   return config
 
 
@@ -87,9 +98,9 @@ def _make_qwen3_vl(config, debug):
   config.pretrain.num_steps = 2 if debug else 3300
 
 
-def _go_on(pretrain, debug):
+def _go_on(pretrain, first, debug):
   """Has the first layer, a policy's begin, match tokens and questions."""
-  pretrain.init = f"workdirs/base_qwen3_vl{'_debug' * debug}_1/base_model"
+  pretrain.init = first
   pretrain.weights.asked, pretrain.packing.ramp_steps = 4.0, 1
   pretrain.packing.text_answer_share = (0.2, 0.2)
   if not debug:
@@ -97,26 +108,35 @@ def _go_on(pretrain, debug):
     pretrain.lr, pretrain.warmup_steps = 8e-4, 150
 
 
-def _make_full(config, debug):
-  """Takes the paper's 32 frames of 14 x 14 tokens, and what is asked there."""
-  full = world.VARIANTS["full"]
+def _make_full(config, debug, stage):
+  """Takes the paper's frames of 14 x 14 tokens, and what is asked there.
+
+  Eight of them at first, where a step takes as long and answers four times as
+  many questions; 32 in the last stage.
+  """
   config.vocab_size = 640
-  config.vision.image_size = full.stage.image_size
+  config.vision.image_size = world.FULL.image_size
   config.text.max_positions = 8192
   pretrain, packing = config.pretrain, config.pretrain.packing
+  names = ("full", "plain") if stage == "3" else ("full8", "plain8")
+  full = world.VARIANTS[names[0]]
+  packing.variants, packing.dense_objects = names, full.num_objects
   # From a hundredth to a tenth of the tokens; with those of a question an even
   # number, or cuDNN's attention would not differentiate.
-  pretrain.min_keep, pretrain.num_keep = 62, 628
-  pretrain.asked_questions = 1
+  pretrain.min_keep = full.stage.num_tokens // 100
+  pretrain.num_keep = full.stage.num_tokens // 20 * 2
   pretrain.probe_clips = 1 if debug else 32
-  packing.variants = ("full", "plain")
   packing.kind_shares = full.kind_shares
-  packing.dense_objects = full.num_objects
   packing.max_decisive = 128
   packing.question_length = 112
   packing.text_only_length = 256
-  # A clip has eight times the tokens of the small geometry.
-  packing.batch_size, packing.text_only = (1, 2) if debug else (16, 64)
+  packing.batch_size, packing.text_only = (1, 2) if debug else (64, 128)
+  if debug:
+    pretrain.asked_questions = 1
+  else:
+    pretrain.num_steps, packing.ramp_steps = 3000, 1500
+  if stage == "3" and not debug:  # A clip has four times the tokens.
+    packing.batch_size, packing.text_only = 16, 64
 
 
 def _pretrain(debug):

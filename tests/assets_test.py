@@ -52,7 +52,7 @@ def test_it_answers_questions_about_clips_it_never_saw():
   rules = pretraining.probe_rules(world.SMALL.num_tokens)
   rules = {"random": rules["random_0.10"], "decisive": rules["decisive_0.10"]}
   probe = pretraining.make_probe(prompts, rules, mesh)
-  hits = probe(checkpoint.params, jax.random.key(0), batch)
+  hits = probe({"model": checkpoint.params}, jax.random.key(0), batch)
   assert set(batch["kind"].flat) == set(range(len(questions.SHARES)))
   hits = {name: np.asarray(hit).mean() for name, hit in hits.items()}
   assert hits["vanilla"] >= 0.95

@@ -270,6 +270,27 @@ def merged_shares(rng, batch, config):
   return merged * jax.random.uniform(rngs[1], rows)
 
 
+def asked_logits(prompts, params, video, batch, count: int):
+  """Returns the asked head's logits float32[B * count, N], and what is true.
+
+  Of the first `count` questions of each clip; true float32 is 1 on decisive
+  tokens.
+  """
+  ids, target, which = batch["ids"], batch["target"], batch.get("head")
+  repeated = functools.partial(jnp.repeat, repeats=count, axis=0)
+  read = prompts.first_layer(
+    params["model"],
+    jax.tree.map(repeated, video),
+    ids[:, :count].reshape(-1, ids.shape[-1]),
+    jnp.argmax(target[:, :count], axis=-1).reshape(-1),
+    None if which is None else repeated(which),
+  )
+  decisive = batch["decisive"][:, :count]
+  decisive = decisive.reshape(-1, decisive.shape[-1])
+  truth = jax.nn.one_hot(decisive, prompts.num_video).max(axis=1)
+  return AskedHead().apply({"params": params["asked"]}, read), truth
+
+
 def answer_losses(
   prompts, params, rng, batch, *, config, word_ids, stage=world.SMALL
 ):
@@ -300,20 +321,8 @@ def answer_losses(
   right = {name: hits(x, ids, target) for name, x in logits.items()}
 
   # Of a few questions: each reads all video tokens anew.
-  some = config.asked_questions
-  repeated = functools.partial(jnp.repeat, repeats=some, axis=0)
-  read = prompts.first_layer(
-    weights,
-    jax.tree.map(repeated, video),
-    ids[:, :some].reshape(-1, ids.shape[-1]),
-    jnp.argmax(target[:, :some], axis=-1).reshape(-1),
-    None if which is None else repeated(which),
-  )
-  asked = batch["decisive"][:, :some]
-  asked = asked.reshape(-1, asked.shape[-1])
   found["asked"] = balanced_binary_loss(
-    AskedHead().apply({"params": params["asked"]}, read),
-    jax.nn.one_hot(asked, prompts.num_video).max(axis=1),
+    *asked_logits(prompts, params, video, batch, config.asked_questions)
   )
 
   told = batch["told_ids"]

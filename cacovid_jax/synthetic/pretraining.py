@@ -47,6 +47,8 @@ def _pretrain(config, workdir):
   pack = packing_of(config, directory)
   stage = pack.stage
   family.write_files(config, pack, directory)
+  if path := config.pretrain.init:  # Its weights know the words of its own.
+    _take_tokenizer(path, directory)
   tokenizer = tokenizer_lib.Tokenizer.from_directory(directory)
   model = base_models.model_of(config, tokenizer)
   ends = [tokenizer.token_id(end) for end in ("<|im_end|>", "<|endoftext|>")]
@@ -86,6 +88,16 @@ def _pretrain(config, workdir):
       if stop:
         raise SystemExit(base_config.get_config().ckpt.exit_code)
   return directory
+
+
+def _take_tokenizer(path, directory):
+  found = pathlib.Path(path) / "tokenizer.json"
+  errors.check(
+    found.exists(),
+    f"pretrain.init={path} has no {found.name}; give the base_model of an"
+    " earlier pretraining",
+  )
+  files.write(directory / found.name, found.read_bytes())
 
 
 def _resumed(folder, state, config_hash):
@@ -223,22 +235,34 @@ def make_update(prompts, tx, config, word_ids, mesh, stage=world.SMALL):
 
 
 def make_probe(prompts, rules, mesh, stage=world.SMALL):
-  """Returns a jitted probe: hits of lettered questions by `probe_rules`."""
+  """Returns a jitted probe: hits of lettered questions by `probe_rules`.
+
+  With a head for it, "asked_0.10" is the share of the decisive tokens that the
+  best tenth of the asked head holds: a policy starts from what it reads.
+  """
 
   def probe(params, rng, batch):
     rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
     frame_rng, rule_rng = jax.random.split(rng)
     pixels = losses_lib.draw_frames(frame_rng, batch, stage)
-    video = prompts.encode(params, pixels.astype(prompts.model.dtype))
+    weights = params["model"]
+    video = prompts.encode(weights, pixels.astype(prompts.model.dtype))
     ids, target, which = batch["ids"], batch["target"], batch.get("head")
-    logits = prompts.full_logits(params, video, ids, which)
+    logits = prompts.full_logits(weights, video, ids, which)
     hits = {"vanilla": losses_lib.hits(logits, ids, target)}
+    if "asked" in params:
+      logits, decisive = losses_lib.asked_logits(
+        prompts, params, video, batch, ids.shape[1]
+      )
+      best = jnp.sort(logits)[:, -(prompts.num_video // 10), None]
+      found = (decisive * (logits >= best)).sum(-1) / decisive.sum(-1)
+      hits["asked_0.10"] = found.reshape(ids.shape[:2])
     rngs = jax.random.split(rule_rng, ids.shape[:2])
     for name, rule in rules.items():
       index = jax.vmap(jax.vmap(rule))(rngs, batch["decisive"])
       valid = jnp.ones(index.shape, bool)
       logits = prompts.pruned_logits(
-        params, video, ids, index, valid, which=which
+        weights, video, ids, index, valid, which=which
       )
       hits[name] = losses_lib.hits(logits, ids, target)
     return hits
@@ -332,7 +356,7 @@ def train(prompts, tokenizer, pack, config, state, start=0):
       values |= {"lr": float(schedule(step - 1)), "steps_per_second": rate}
     if step % config.probe_every == 0 or last:
       for name, held in tests.items():
-        hits = probe(state["params"]["model"], jax.random.key(1), held)
+        hits = probe(state["params"], jax.random.key(1), held)
         kinds = np.asarray(held["kind"])
         rows[name] = summarise(jax.device_get(hits), kinds)
     yield step, state, values, rows

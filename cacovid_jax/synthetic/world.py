@@ -9,7 +9,8 @@ objects can be found by diversity alone; on `dense` there are more equally
 askable objects than a 10 % budget has tokens, so that a selection must look at
 the question. Both are of 16 x 7 x 7 tokens; `plain` and `full` are their
 likes at the paper's 32 x 14 x 14, where some objects also carry a symbol, move
-across the picture, or turn into another one in their place.
+across the picture, or turn into another one in their place. `full8` and
+`plain8` are the same in eight frames, for a base model to begin with.
 """
 
 import dataclasses
@@ -74,6 +75,7 @@ class Stage:
 
 SMALL = Stage(16, 7)
 FULL = Stage(32, 14, SYMBOLS)
+FULL8 = Stage(8, 14, SYMBOLS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +142,20 @@ VARIANTS = {
     num_movers=(2, 3),
     num_changers=(1, 2),
   ),
+}
+VARIANTS |= {
+  f"{name}8": dataclasses.replace(
+    VARIANTS[name],
+    stage=FULL8,
+    life=(2, 4),
+    distractor_life=(2, 4),
+    long_life=(6, 8),
+    **counts,
+  )
+  for name, counts in {
+    "full": {"num_objects": (190, 200), "num_distractors": (10, 15)},
+    "plain": {},
+  }.items()
 }
 
 

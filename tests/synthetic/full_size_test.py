@@ -32,6 +32,7 @@ from cacovid_jax.synthetic import (
 from cacovid_jax.synthetic import tokenizer as tokenizer_training
 
 VARIANTS = ("full", "plain")
+CONFIG = "configs/synthetic_base.py:geometry=full,stage=3"
 KINDS = ("symbol", "count_over_time", "order_of_three", "changed", "last_place")
 NAMES = (world.COLOR_NAMES, world.PATTERNS, world.SHAPES)
 
@@ -446,9 +447,7 @@ def test_policies_are_trained_as_the_paper_says():
 
 
 def test_a_base_model_of_another_size_is_refused(tmp_path):
-  config = config_lib.load(
-    "configs/synthetic_base.py:geometry=full,debug", ["vision.image_size=112"]
-  )
+  config = config_lib.load(f"{CONFIG},debug", ["vision.image_size=112"])
   with pytest.raises(errors.UserError, match="full, plain are of 224 pixels"):
     pretraining.pretrain(config, tmp_path)
 
@@ -461,7 +460,7 @@ def tokenizer_file(tmp_path_factory):
 
 
 def test_batches_hold_all_of_questions_words_and_symbols(tokenizer_file):
-  base = config_lib.load("configs/synthetic_base.py:geometry=full,debug")
+  base = config_lib.load(f"{CONFIG},debug")
   given = base.pretrain.packing.to_dict()
   given |= {"text_only": 8, "batch_size": 2}
   config = packing.PackingConfig(tokenizer_file=tokenizer_file, **given)
@@ -491,7 +490,7 @@ def test_the_losses_fit_together_at_real_size(tokenizer_file):
   """Shapes alone: nothing is computed."""
   changes = ["attention=xla", "pretrain.packing.batch_size=1"]
   changes += ["pretrain.packing.text_only=2"]
-  config = config_lib.load("configs/synthetic_base.py:geometry=full", changes)
+  config = config_lib.load(CONFIG, changes)
   folder, stage = pathlib.Path(tokenizer_file).parent, world.FULL
   tokenizer = tokenizer_lib.Tokenizer.from_directory(folder)
   model = base_models.model_of(config, tokenizer)
@@ -541,15 +540,16 @@ def test_a_small_stage_with_symbols_is_pretrained(tmp_path, monkeypatch):
     monkeypatch.setitem(world.VARIANTS, name, small)
   changes = ["vision.image_size=96", "pretrain.min_keep=4"]
   changes += ["pretrain.num_keep=28", "pretrain.packing.dense_objects=(10,12)"]
-  config = config_lib.load(
-    "configs/synthetic_base.py:geometry=full,debug", changes
-  )
+  changes += ["pretrain.init="]
+  config = config_lib.load(f"{CONFIG},debug", changes)
   folder = pretraining.pretrain(config, tmp_path)
   made = checkpoints.load(folder)
   assert made.model.processor.fixed_grid(8) == (8, 6, 6)
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(made.params))
   rows = json.loads((tmp_path / "probe.json").read_text())
   assert set(rows) == set(VARIANTS)
+  # Every clip has questions, and some token of the best tenth may be asked for.
+  assert all(0 <= row["asked_0.10"] <= 1 for row in rows.values())
   asked = {
     name.split("/")[1] for row in rows.values() for name in row if "/" in name
   }

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from cacovid_jax import config as config_lib
 from cacovid_jax import errors, metrics, pretrain
 from cacovid_jax.models import checkpoints
 from cacovid_jax.parallel import mesh as mesh_lib
-from cacovid_jax.synthetic import packing, pretraining
+from cacovid_jax.synthetic import packing, pretraining, world
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SPEC = f"{ROOT / 'configs' / 'synthetic_base.py'}:debug"
@@ -179,3 +180,39 @@ def test_the_second_stage_of_a_small_qwen3_vl_goes_on_from_the_first():
   for wrong in ("stage=2", "family=qwen3_vl,stage=3"):
     with pytest.raises(errors.UserError, match="unknown size"):
       config_lib.load(f"{spec}:{wrong}")
+
+
+def test_a_run_from_given_weights_has_their_words(whole, one_device, tmp_path):
+  given = tmp_path / "given"
+  shutil.copytree(whole[0] / "base_model", given)
+  words = given / "tokenizer.json"
+  words.write_text(
+    words.read_text() + "\n"
+  )  # To be told from one that is made.
+  config = config_lib.load(SPEC, [f"pretrain.init={given}"])
+  with one_device() as patch:
+    patch.setattr(pretraining, "train", lambda *unused: iter(()))
+    folder = pretraining.pretrain(config, tmp_path / "run")
+  assert (folder / words.name).read_bytes() == words.read_bytes()
+  words.unlink()
+  with pytest.raises(errors.UserError, match=r"given has no tokenizer\.json"):
+    pretraining.pretrain(config, tmp_path / "other")
+
+
+def test_stages_of_the_full_geometry_go_on_from_the_one_before():
+  """Eight frames at first: a fourth of the tokens, four times the questions."""
+  spec = f"{ROOT / 'configs' / 'synthetic_base.py'}:geometry=full"
+  first, second, third = (
+    config_lib.load(f"{spec},stage={stage}").pretrain for stage in (1, 2, 3)
+  )
+  assert not first.init
+  assert second.init == "workdirs/base_full_1/base_model"
+  assert third.init == "workdirs/base_full_2/base_model"
+  tokens = [
+    pretrain.packing.batch_size
+    * world.VARIANTS[pretrain.packing.variants[0]].stage.num_tokens
+    for pretrain in (first, second, third)
+  ]
+  assert tokens[0] == tokens[1] == tokens[2] == 16 * 6272
+  with pytest.raises(errors.UserError, match="use 1 or 2 or 3"):
+    config_lib.load(f"{spec},stage=4")
