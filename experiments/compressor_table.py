@@ -4,11 +4,11 @@ python -m experiments.compressor_table [--smoke]
 
 Asks the test questions from what each method of `compressors.names()` keeps at
 25, 20, 15, 10 and 5 %, three seeds where a method draws, and measures how long
-it takes to choose the tokens of one video. A budget is a mean over the layers
+it takes to choose the tokens of one video, and to the first token. A budget is a mean over the layers
 of the language model: methods inside it see more in front and less behind.
 
 WORKDIR/table.md, table.csv       a row per method and ratio
-WORKDIR/accuracy_over_time.svg    accuracy at 10 % over milliseconds
+WORKDIR/accuracy_over_time.svg    accuracy over milliseconds to the first token
 WORKDIR/results.json, report.html as `python -m cacovid_jax.evaluate` has them
 WORKDIR/timings.json              times and host facts, by method and ratio
 WORKDIR/selection.jsonl           every time as it is measured
@@ -116,10 +116,12 @@ def run(experiment):
 def measure(experiment, out):
   """Returns {label: {ratio: `latency.Cost`}}, also written to timings.json.
 
+  With that of all tokens, "vanilla".
+
   `out` is its results.json, which says what was chosen and what can be run.
   """
   evals, repeats = experiment.config.evals, experiment.config.table.repeats
-  cells = []
+  cells = [methods_lib.Condition()]
   for spec in evals.methods:
     label, _ = methods_lib.split_label(spec)
     if chosen := out["chosen"].get(label):
@@ -137,12 +139,12 @@ def measure(experiment, out):
   # Times of another machine say nothing about this one.
   if path.is_file() and answer_log.header(path) not in (described, {}):
     path.unlink()
-  costs, times = {method: {} for method in out["methods"]}, {}
+  costs, times = {"vanilla": {}} | {method: {} for method in out["methods"]}, {}
   with answer_log.AnswerLog(path, described) as rows:
     _measure(experiment, cells, rows)
     for cell in cells:
       key, found = results.ratio_key(cell.ratio), rows[cell.key("prompt")]
-      cost = latency.Cost(found["rule"], found["reads"])
+      cost = latency.Cost(*(found[name] for name in latency.Cost._fields))
       costs[cell.label][key] = cost
       times.setdefault(cell.spec, {})[key] = cost._asdict()
   path = experiment.workdir / "timings.json"
@@ -164,13 +166,13 @@ def _measure(experiment, cells, rows):
   cells = [cell for cell in cells if cell.key("prompt") not in rows]
   if not cells:
     return
-  changes = {"evals.batch_size": 1}
+  changes = {"evals.batch_size": 1, "evals.max_new_tokens": 1}
   if experiment.mesh.shape["data"] > 1:
     # A batch of one question has no use for more devices.
     changes["mesh.data"] = 1
   experiment = experiment.replace(changes)
   benchmark = evaluation.load_benchmark(experiment)
-  wanted = methods_lib.wanted([cell.method for cell in cells])
+  wanted = methods_lib.wanted([c.method for c in cells if c.method])
   with (
     clip_queue.open_queue(experiment, wanted) as source,
     progress_lib.Progress(
@@ -188,9 +190,15 @@ def _measure(experiment, cells, rows):
     question = latency.readable(engine, benchmark.questions)
     subject = latency.subject(engine, question)
     stopwatch = latency.Stopwatch(subject, experiment.config.table.repeats)
+    before = stopwatch.tower() + stopwatch.embed()
+
+    def cost(cell):
+      found = stopwatch.cost(cell.method, cell.ratio)
+      return found._replace(before=before)._asdict()
+
     for done, cell in enumerate(cells, start=1):
-      cost = functools.partial(stopwatch.cost, cell.method, cell.ratio)
-      reporting.once(rows, cell.key("prompt"), lambda f=cost: f()._asdict())
+      once = functools.partial(cost, cell)
+      reporting.once(rows, cell.key("prompt"), once)
       progress.update(done)
 
 

@@ -52,7 +52,6 @@ from cacovid_jax.evals import (
   provenance,
   results,
   tables,
-  timing,
 )
 from cacovid_jax.inference import methods as methods_lib
 from cacovid_jax.models import (
@@ -297,7 +296,7 @@ def measure(subject, name, methods, ratios, repeats, rows):
   shared = {
     f"{part}_ms": once(part, lambda f=run: {"ms": f()})["ms"]
     for part, run in (
-      ("tower", lambda: timing.measure(subject.encode, repeats).ms),
+      ("tower", watch.tower),
       ("embed", watch.embed),
     )
   }
@@ -339,14 +338,8 @@ def _timed(watch, subject, cell, rows, shared_ms) -> dict[str, Any]:
   model, grid = subject.checkpoint.model, subject.grid
 
   def measured():
-    found = latency.Cost(0.0)
-    if compressor is None:
-      prefill = watch.vanilla()
-    else:
-      found, prefill = watch.answered(cell.method, cell.ratio)
-    return {
-      "rule_ms": found.rule, "reads_ms": found.reads, "prefill_ms": prefill
-    }  # fmt: skip
+    rule, reads, prefill, _ = watch.cost(cell.method, cell.ratio)
+    return {"rule_ms": rule, "reads_ms": reads, "prefill_ms": prefill}
 
   times = reporting.once(rows, cell.key("prompt"), measured)
   compression = times["rule_ms"] + times["reads_ms"]

@@ -86,8 +86,6 @@ class MadeUp(latency.Subject):
   """A made-up prompt, and the video that its features do not come from."""
 
   pixels: Any  # float32, as the tower takes them.
-  # Runs the tower's program over them: its arrays by name, see `clips`.
-  encode: Callable[[], dict[str, Any]]
 
 
 def checkpoint(config, dtype, directory, float8=False):

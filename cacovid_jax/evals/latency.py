@@ -1,4 +1,4 @@
-"""How long each method takes to choose the tokens of one video.
+"""How long each method takes to choose the tokens of one video, and to answer.
 
 Compiled programs, one clip at a time, median of several runs: the rule itself,
 and beside it what it reads that nobody else computes, the policy's scores or
@@ -34,10 +34,18 @@ class Cost(NamedTuple):
 
   rule: float  # Choosing the tokens, from what it reads.
   reads: float = 0.0  # Computing what it reads.
+  # Answering from what was chosen, up to the last token that the programs
+  # generate: the first one where they were made for one.
+  answer: float = 0.0
+  before: float = 0.0  # The vision tower and the prompt, alike for all methods.
+
+  @property
+  def choosing(self) -> float:
+    return self.rule + self.reads
 
   @property
   def total(self) -> float:
-    return self.rule + self.reads
+    return sum(self)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +59,7 @@ class Subject:
   inputs: Callable[[methods_lib.Condition], base.CompressorInputs]
   # The policy that a method follows.
   policy: Callable[[methods_lib.Method], loading.LoadedPolicy]
+  encode: Callable[[], Any]  # Runs the vision tower on the decoded video.
 
 
 def subject(
@@ -68,6 +77,7 @@ def subject(
     batch=prompt_batch.crop(runner.batch, runner.num_video),
     inputs=runner.inputs,
     policy=lambda method: engine.policies[method.follows(engine.policies)],
+    encode=engine.source.encoder(question.video),
   )
 
 
@@ -83,22 +93,37 @@ class Stopwatch:
     self._programs, self._batch = subject.programs, subject.batch
     self._params = subject.checkpoint.params
 
-  def cost(self, method: methods_lib.Method, ratio: float) -> Cost:
-    """Returns the time of a method at a ratio."""
-    return self._cost(methods_lib.Condition(method, ratio))[0]
+  def cost(self, method: methods_lib.Method | None, ratio: float) -> Cost:
+    """Returns the times of a method at a ratio, but those `before`.
 
-  def answered(
-    self, method: methods_lib.Method, ratio: float
-  ) -> tuple[Cost, float]:
-    """Returns (cost, milliseconds of answering from what was chosen).
-
-    The second part ends with the last token that the programs generate, the
-    first one where they were made for one. Inside the language model the parts
-    add up to the program's time, as of `Cost`.
+    None answers from all tokens. Inside the language model rule and answer add
+    up to the program's time.
     """
+    if method is None:
+      return Cost(0.0, answer=self.vanilla())
     condition = methods_lib.Condition(method, ratio)
-    cost, whole = self._cost(condition)
-    return cost, self._answer(condition) if whole is None else whole - cost.rule
+    compressor, grid = method.compressor, self._subject.grid
+    compressor.rows_per_layer(
+      self._subject.checkpoint.model.config.text.num_layers,
+      token_grid.TokenGrid.of(grid).shape,
+      ratio,
+    )
+    inputs = self._subject.inputs(condition)
+    needs = sorted(method.needs)
+    reads = sum(self._read(need, method, ratio) for need in needs)
+    if compressor.selects_first:
+      program = self._programs.select(compressor, ratio, grid)
+      rule = self._median(lambda: program(inputs))
+      return Cost(rule, reads, self._answer(condition))
+    program = self._programs.select_and_answer(compressor, ratio, grid)
+    whole = self._median(lambda: program(self._params, self._batch, inputs))
+    even = methods_lib.Method.parse("uniform")
+    rule = max(whole - self._answer(methods_lib.Condition(even, ratio)), 0.0)
+    return Cost(rule, reads, whole - rule)
+
+  def tower(self) -> float:
+    """Returns the milliseconds of the vision tower."""
+    return self._once("tower", self._subject.encode)
 
   def vanilla(self, *, want_attention: bool = False) -> float:
     """Returns the milliseconds of answering from the whole prompt."""
@@ -114,27 +139,6 @@ class Stopwatch:
     return self._once(
       "embed", lambda: self._programs.embed(self._params, *given)
     )
-
-  def _cost(self, condition) -> tuple[Cost, float | None]:
-    """Returns the cost, and inside the model the whole program's time."""
-    method, ratio, _ = condition
-    compressor, grid = method.compressor, self._subject.grid
-    compressor.rows_per_layer(
-      self._subject.checkpoint.model.config.text.num_layers,
-      token_grid.TokenGrid.of(grid).shape,
-      ratio,
-    )
-    inputs = self._subject.inputs(condition)
-    needs = sorted(method.needs)
-    reads = sum(self._read(need, method, ratio) for need in needs)
-    if compressor.selects_first:
-      program = self._programs.select(compressor, ratio, grid)
-      return Cost(self._median(lambda: program(inputs)), reads), None
-    program = self._programs.select_and_answer(compressor, ratio, grid)
-    whole = self._median(lambda: program(self._params, self._batch, inputs))
-    even = methods_lib.Method.parse("uniform")
-    answer = self._answer(methods_lib.Condition(even, ratio))
-    return Cost(max(whole - answer, 0.0), reads), whole
 
   def _read(self, need: str, method: methods_lib.Method, ratio) -> float:
     """Returns the milliseconds of what a method reads; 0 for by-products."""

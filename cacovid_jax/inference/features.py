@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -187,6 +187,13 @@ class FeatureStore:
       while len(self._clips) > self.keep:
         self._clips.popitem(last=False)
     return [found[one.path] for one in loaded]
+
+  def encoder(self, path: str) -> Callable[[], Any]:
+    """Returns what runs the tower on a clip, which is decoded here."""
+    clip, inputs, _ = self.reader.read(path)
+    bucket = self.bucket_of(clip.grid) if self.buckets else None
+    inputs = self.model.tower_inputs(inputs, bucket)
+    return lambda: self._tower(frozenset({clips.FEATURES}), [inputs])
 
   def cached_bytes(self, path: str) -> int:
     """Returns the size of a clip's features on disk; 0 if there are none."""

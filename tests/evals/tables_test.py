@@ -40,8 +40,9 @@ OUT = {
   ],
 }  # fmt: skip
 TIMES = {
-  "cacovid": {"0.10": latency.Cost(0.5, 4.25)},
-  "random": {"0.10": latency.Cost(0.125)},
+  "vanilla": {"1.00": latency.Cost(0.0, answer=50.0, before=9.0)},
+  "cacovid": {"0.10": latency.Cost(0.5, 4.25, 20.0, 9.0)},
+  "random": {"0.10": latency.Cost(0.125, answer=20.0, before=9.0)},
 }
 
 
@@ -55,6 +56,7 @@ def test_rows_hold_what_is_known():
   assert (ours["selection_ms"], ours["rule_ms"], ours["reads_ms"]) == (
     4.75, 0.5, 4.25,
   )  # fmt: skip
+  assert (ours["answer_ms"], ours["first_token_ms"]) == (20.0, 33.75)
   # The difference to vanilla is not one to itself.
   assert ours["vs_cacovid"] is None
   assert ours["options"] == "importance_ratio=1.0"
@@ -75,7 +77,8 @@ def test_markdown_is_sorted_and_escaped():
     "decisive_boxes (oracle)", "dyto", "cacovid", "random", "fastv"
   ]  # fmt: skip
   assert table[3] == (
-    "| random | 78 | 0.0995 | 0.12 | 50.0 [48.0, 53.0] | -30.0 [-40.0, -20.0] |"
+    "| random | 78 | 0.0995 | 0.12 | 29.12 | 50.0 [48.0, 53.0]"
+    " | -30.0 [-40.0, -20.0] |"
   )
   assert "| 77.5 |" in table[1]
   # A bar within a cell would end it.
@@ -114,8 +117,9 @@ def test_a_chart_of_few_points_and_of_many(tmp_path):
     assert path.read_bytes() == first
     shown = charts_test.texts(first.decode())
     methods = {*out["methods"], *out["oracles"]}
-    assert methods & set(shown) == set(times)
-    assert {"vanilla", "dense, 10% of the tokens"} <= set(shown)
+    assert {*methods, "vanilla"} & set(shown) == set(times)
+    title = "dense, test: a point for each share kept"
+    assert {"all tokens", title} <= set(shown)
 
 
 def test_a_cell_with_a_bar_and_numbers_to_the_right():

@@ -158,17 +158,19 @@ def timed(subject, tmp_path, monkeypatch):
   """Returns (calls, f(specs, path) -> results); nothing is really run."""
   calls, trouble = [], {}
 
-  def answered(self, method, ratio):
+  def cost(self, method, ratio):
+    if method is None:
+      return latency.Cost(0.0, answer=self.vanilla())
     calls.append((method.label, ratio))
     if method.label in trouble:
       raise trouble[method.label]
-    return latency.Cost(float(len(calls)), 2.0), 3.0
+    return latency.Cost(float(len(calls)), 2.0, 3.0)
 
   def vanilla(self):
     calls.append("vanilla")
     return 10.0
 
-  monkeypatch.setattr(latency.Stopwatch, "answered", answered)
+  monkeypatch.setattr(latency.Stopwatch, "cost", cost)
   monkeypatch.setattr(latency.Stopwatch, "vanilla", vanilla)
   monkeypatch.setattr(latency.Stopwatch, "embed", lambda self: 1.0)
 

@@ -446,6 +446,14 @@ def test_policies_are_trained_as_the_paper_says():
   assert public.data.frame_rule == frames.PUBLIC_RULE
 
 
+def test_one_policy_is_trained_for_all_ratios_that_it_is_asked_at():
+  config = config_lib.load("configs/synthetic_full.py:all_budgets")
+  assert config.policy.budget_embedding and not config.ratio.adaptive
+  ends = min(config.evals.ratios), max(config.evals.ratios)
+  assert config.ratio.range == ends
+  assert (config.ratio.rungs[0], config.ratio.rungs[-1]) == ends
+
+
 def test_a_base_model_of_another_size_is_refused(tmp_path):
   config = config_lib.load(f"{CONFIG},debug", ["vision.image_size=112"])
   with pytest.raises(errors.UserError, match="full, plain are of 224 pixels"):

@@ -176,30 +176,29 @@ def over_ratio(out: Mapping[str, Any], ratios: Sequence[str]) -> Chart:
 
 
 def over_time(
-  out: Mapping[str, Any], ratio: str, times: Mapping[str, Mapping[str, float]]
+  out: Mapping[str, Any], times: Mapping[str, Mapping[str, float]]
 ) -> Chart:
-  """Returns accuracy over the milliseconds of choosing, where measured."""
+  """Returns accuracy over milliseconds to the first token, where measured.
+
+  `times` are by method, "vanilla" among them, and by ratio as in `out`.
+  """
   rows = {**out["methods"], **out["oracles"]}
-  found = {
-    name: times[name][ratio]
-    for name, row in rows.items()
-    if row[ratio]["status"] == "ok" and ratio in times.get(name, {})
-  }
-  # A time of nothing has no place on a logarithmic axis.
-  floor = min((time for time in found.values() if time > 0), default=1.0)
-  known = _series(rows)
+  known, vanilla = _series(rows), out["vanilla"]
+  known["vanilla"] = Series("vanilla", (), "muted")
+  series = []
+  for name, row in [*rows.items(), ("vanilla", {"1.00": vanilla})]:
+    cells = [(time, row[ratio]) for ratio, time in times.get(name, {}).items()]
+    points = sorted(_point(time, cell) for time, cell in cells)
+    if points:
+      series.append(known[name]._replace(points=points))
   return Chart(
-    series=[
-      known[name]._replace(points=[_point(max(time, floor), rows[name][ratio])])
-      for name, time in found.items()
-    ],
-    levels=[("vanilla", 100 * out["vanilla"]["accuracy"])],
-    x_label="milliseconds to choose (logarithmic)",
+    series=series,
+    levels=[("all tokens", 100 * vanilla["accuracy"])],
+    x_label="milliseconds to the first token (logarithmic)",
     y_label="accuracy (%)",
     log_x=True,
     most=100,
-    beside=True,
-    height=440,
+    height=max(460, 18 * (len(series) + 6)),
   )
 
 

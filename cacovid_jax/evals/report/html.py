@@ -45,8 +45,8 @@ def render(
     out: results.json.
     examples: see `viewer.choose`.
     curves: lines of a training run's metrics.jsonl.
-    times: method -> ratio as in `out` -> milliseconds to choose the tokens of
-      one video, where they were measured.
+    times: method -> ratio as in `out` -> milliseconds from the frames of one
+      video to the first token, where they were measured.
   """
   methods, rows = out["methods"].values(), {**out["methods"], **out["oracles"]}
   ratios = list(next(iter(rows.values())))
@@ -70,7 +70,7 @@ def render(
     },
     reference=results.REFERENCE,
     ratio_chart=charts.over_ratio(out, ratios),
-    time_chart=charts.over_time(out, shown, times or {}),
+    time_chart=charts.over_time(out, times or {}),
     reward_chart=charts.rewards(curves),
     groups=groups,
     ticks=_scale(out, ratios),
