@@ -4,8 +4,9 @@ python -m experiments.compressor_table [--smoke]
 
 Asks the test questions from what each method of `compressors.names()` keeps at
 25, 20, 15, 10 and 5 %, three seeds where a method draws, and measures how long
-it takes to choose the tokens of one video, and to the first token. A budget is a mean over the layers
-of the language model: methods inside it see more in front and less behind.
+it takes to choose the tokens of one video, and to the first token. A budget is
+a mean over the layers of the language model: methods inside it see more in
+front and less behind.
 
 WORKDIR/table.md, table.csv       a row per method and ratio
 WORKDIR/accuracy_over_time.svg    accuracy over milliseconds to the first token

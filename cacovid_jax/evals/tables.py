@@ -18,8 +18,9 @@ from cacovid_jax.evals.report import charts, html
 COMPRESSOR_COLUMNS = (
   "method", "ratio", "status", "minimum_ratio", "kept_tokens",
   "equivalent_ratio", "selection_ms", "rule_ms", "reads_ms", "answer_ms",
-  "first_token_ms", "accuracy", "ci_low", "ci_high", "vs_cacovid", "vs_low", "vs_high", "seeds", "forced",
-  "options", "note", "kept_tokens_p95", "prompt_tokens",
+  "first_token_ms", "accuracy", "ci_low", "ci_high", "vs_cacovid", "vs_low",
+  "vs_high", "seeds", "forced", "options", "note", "kept_tokens_p95",
+  "prompt_tokens",
 )  # fmt: skip
 COMPRESSOR_FILES = ("table.md", "table.csv", "accuracy_over_time.svg")
 MAIN_COLUMNS = (

@@ -477,8 +477,8 @@ def test_the_same_input_gives_the_same_page(page):
 def test_accuracy_over_time_where_it_was_measured(page):
   outline = Outline(page)
   (points,) = re.findall(
-    r'aria-label="accuracy \(%\) over milliseconds to the first token \(logarithmic\)">'
-    r"(.*?)</svg>",
+    r'aria-label="accuracy \(%\) over milliseconds to the first token'
+    r' \(logarithmic\)">(.*?)</svg>',
     page,
   )[:1]
   # Random could not be run at 10 %, and has no time at 25 %.
