@@ -260,9 +260,8 @@ class TokenGrid:
   def frame_changes(self, x):
     """Returns float32[T_max, D], how much frames of x float[N_max, D] change.
 
-    The mean over a frame's tokens of the distance to the same place of the
-    frame before, channel by channel; zero for the first. Without influence of
-    padding, whose frames have anything.
+    Means over a frame's tokens of the distance to the same place of the frame
+    before, channel by channel; zero for the first, and anything in padding.
     """
     change = jnp.abs(jnp.diff(self.by_frame(x.astype(jnp.float32)), axis=0))
     means = change.sum(axis=1) / jnp.float32(self.frame_tokens)

@@ -103,8 +103,7 @@ def frame_advantages(mask, rewards, valid, items, *, epsilon=1e-4):
 
   A frame's is the mean reward of the valid rows of mask bool[M, T] that drew
   it, less that of those that did not, standardised over the frames of items
-  bool[T] that have both; others have zero. What speaks for drawing a frame
-  speaks against dropping it.
+  bool[T] that have both; others have zero.
   """
   sides = jnp.stack([mask, ~mask]) & valid[:, None]  # [2, M, T]
   count = sides.sum(axis=1)
@@ -208,16 +207,14 @@ def _metrics(scores, ratio, advantage, valid, config, items):
   entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
   gap = network.keep_gap(scores)
   mean_gap = _item_mean(gap, items)
-  squares = jnp.sum(advantage**2)
-  if advantage.shape[-1] > 1:  # Of each choice: the mean over them.
-    squares = squares / items.sum()
-  spread = jnp.sqrt(squares / jnp.maximum(valid.sum() - 1, 1))
+  choices = items.sum() if advantage.shape[-1] > 1 else 1  # With one each.
+  variance = jnp.sum(advantage**2) / choices / jnp.maximum(valid.sum() - 1, 1)
   metrics = {
     "clip_fraction": _valid_mean(_item_mean(clipped, items), valid),
     "mean_ratio": _valid_mean(_item_mean(ratio, items), valid),
     "entropy": _item_mean(entropy, items),
     "mean_gap": mean_gap,
     "gap_std": jnp.sqrt(_item_mean((gap - mean_gap) ** 2, items)),
-    "advantage_std": spread,
+    "advantage_std": jnp.sqrt(variance),
   }
   return jax.lax.stop_gradient(metrics)
