@@ -84,15 +84,25 @@ _METHOD = dict(
     # `policy.budget_embedding`.
     range=(),
   ),
-  objective=dict(module="", clip_low=0.2, clip_high=0.28, kl_weight=0.0),
+  # `frame_credit`: a combination's reward is that of all its frames ("row"), or
+  # each frame has its own, from the rows with and without it ("frame").
+  objective=dict(
+    module="",
+    clip_low=0.2,
+    clip_high=0.28,
+    kl_weight=0.0,
+    frame_credit="row",
+  ),
   # `init` is a safetensors file to start from. With `budget_embedding`, such as
-  # 4, scores depend on the retention ratio, through so many waves of it.
+  # 4, scores depend on the retention ratio, through so many waves of it. With
+  # `frame_residual`, those of frames depend on what changed since the last one.
   policy=dict(
     module="",
     dtype="bfloat16",
     num_halvings=4,
     backend="auto",
     budget_embedding=0,
+    frame_residual=False,
     init="",
   ),
   optimizer=dict(

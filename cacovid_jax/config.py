@@ -48,8 +48,9 @@ _BEFORE = {"rouge": "public"}
 _NEW_GROUPS = ("blind", "prepare", "table", "tfds", "wandb")
 # Hashed where they are not the default: earlier versions did not have them.
 _NEW_KEYS = (
-  "data.max_replaced", "model.float8_tower", "optimizer.average",
-  "policy.budget_embedding", "ratio.range",
+  "data.max_replaced", "model.float8_tower", "objective.frame_credit",
+  "optimizer.average", "policy.budget_embedding", "policy.frame_residual",
+  "ratio.range",
 )  # fmt: skip
 
 

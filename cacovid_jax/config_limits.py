@@ -118,6 +118,7 @@ _LIMITS = (
   (schema.one_of("video-r1", "own"), "data.reader"),
   (schema.one_of("auto", "device", "host"), "rollout.marking"),
   (schema.one_of("per_frame", "public"), "sampling.frame_cap"),
+  (schema.one_of("row", "frame"), "objective.frame_credit"),
   (schema.one_of("cosine", "cosine_repeated"), "optimizer.schedule"),
   (schema.one_of("video_r1", "video_r1_filtered"), "tfds.name"),
   (bool, "remat"),

@@ -23,6 +23,7 @@ BUILT_IN = ("", "cacovid_jax.policy.network:Policy")
 SECTIONS = {
   "policy": (
     "module", "init", "dtype", "num_halvings", "backend", "budget_embedding",
+    "frame_residual",
   ),
   "sampling": ("module", "ratio"),
   "objective": ("module",),

@@ -6,16 +6,16 @@ python -m experiments.ablations --rows=all       # what is missing
 
 `ours` is --config, `paper` the same with its argument `paper`. Of every key in
 which they differ there are two rows: `ours-KEY` takes it alone back to the
-paper's value, `paper+KEY` brings ours alone into the paper's recipe; `public_*`
-are ours with what the public code does. Transfer asks policies of `ours` about
-sparse clips, with twice the frames, and with --other_base; `sparse` and
-`other_base_own` are trained on what they are asked.
+paper's value, `paper+KEY` brings ours alone into the paper's recipe. `public_*`
+are ours with what the public code does, `ours+KEY` with an option of neither.
+Transfer asks policies of `ours` about sparse clips, with twice the frames, and
+with --other_base; `sparse` and `other_base_own` train on what they are asked.
 
 WORKDIR/policies/HASH/  a training; rows that only ask otherwise share it
 WORKDIR/ROW/seed_N/     its evaluation, and row.json: what the table needs
-WORKDIR/table.md        all rows measured there: mean and standard deviation of
-                        seeds; differences on the same questions and the seeds
-                        that both have: interval over clips, for these seeds
+WORKDIR/table.md        all rows measured there, mean and deviation over seeds;
+                        `evidence`: how often the best frames hold a decisive
+                        one; differences: same questions and seeds, over clips
 WORKDIR/accuracy.svg    ablations at 5 %, or at the first ratio
 
 Given again, it goes on, and so do several side by side: what one works on, the
@@ -28,7 +28,6 @@ import json
 import pathlib
 import re
 import statistics
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,11 +54,10 @@ _RECIPE = ("iterations", "sampling.", "ratio.", "objective.", "policy.",
 _NAMES = {_CANDIDATES: "importance_ratio"}
 _KNOWN, _TRAINED = "row.json", "policy/policy.safetensors"
 # Of the table, beside accuracies at ratios: their units in what is written.
-_COLUMNS = {"seconds": 1, "all tokens": 100, "validation": 100}
+_COLUMNS = {"seconds": 1, "all tokens": 100, "validation": 100, "evidence": 100}
 PARTS = ("ablations", "transfer")
 _weights = functools.cache(checkpoints.identity)
 _MANY = command.Flag("", default=(), many=True)
-_SECONDS = command.Flag("", default=0.0, least=0)
 COMMAND = command.Command(
   __doc__,
   {
@@ -71,8 +69,8 @@ COMMAND = command.Command(
     "ratios": command.Flag("Shares kept.", default=(0.1, 0.05, 0.02)),
     "also": _MANY._replace(help="A row more: `ours` with KEY=VALUE;KEY=VALUE."),
     "other_base": command.Flag("Another of the same shape.", default=""),
-    "seconds_per_video": _SECONDS._replace(help="Measured, of `ours`."),
-    "seconds_per_row": _SECONDS._replace(help="Measured, beside training."),
+    "seconds_per_video": command.Flag("Of `ours`.", default=0.0, least=0),
+    "seconds_per_row": command.Flag("Beside training.", default=0.0, least=0),
   },
   default=_CONFIG,
 )
@@ -82,8 +80,8 @@ class Row(NamedTuple):
   """A recipe, and what its policies are asked."""
 
   recipe: str  # "ours" or "paper".
-  changes: Mapping[str, Any] = {}  # Of its config: key -> value.
-  asked: Mapping[str, Any] = {}  # Further ones, after training.
+  changes: dict[str, Any] = {}  # Of its config: key -> value.
+  asked: dict[str, Any] = {}  # Further ones, after training.
   reference: str = "ours"  # Row that differences are from.
   part: str = PARTS[0]
 
@@ -199,13 +197,14 @@ def make_rows(recipes, also=(), other_base="") -> dict[str, Row]:
   rows["paper_rates_7b"] = Row("paper", rates)
   rows["public_decay"] = Row("ours", {"optimizer.schedule": "cosine_repeated"})
   rows["public_frame_cap"] = Row("ours", {"sampling.frame_cap": "public"})
-  root = pathlib.Path(ours.data.root)
-  sparse = {"data.root": str(root.with_name("sparse"))}
+  options = {"policy.frame_residual": True, "objective.frame_credit": "frame"}
+  rows |= {f"ours+{key}": Row("ours", {key: x}) for key, x in options.items()}
+  sparse = {"data.root": str(pathlib.Path(ours.data.root).with_name("sparse"))}
   frames = {"data.num_frames": 2 * ours.data.num_frames}
   transfer = {
     "sparse": Row("ours", sparse, {}, "sparse"),
     "dense_to_sparse": Row("ours", {}, sparse, "sparse"),
-    "sparse_to_dense": Row("ours", sparse, {"data.root": str(root)}),
+    "sparse_to_dense": Row("ours", sparse, {"data.root": ours.data.root}),
     "twice_the_frames": Row("ours", {}, frames),
   }
   if other_base:
@@ -327,6 +326,7 @@ def measure(run: RowRun, *, wait: bool) -> dict[str, Any]:
   return {
     "all tokens": out["vanilla"]["accuracy"],
     "validation": max(tried, default=None),
+    "evidence": (out["frame_head"] or {}).get("hit"),
     "seconds": metrics.seconds(run.policy),
     "questions": [one.id for one in asked.questions],
     "clips": [one.video for one in asked.questions],
@@ -350,7 +350,7 @@ def write_table(workdir, rows, ratios, failed) -> str:
     known = found.get(name, {})
     cells = [name, row.told, str(len(known))]
     for column, scale in _COLUMNS.items():
-      values = [one[column] for one in known.values()]
+      values = [one.get(column) for one in known.values()]
       cells.append(_spread([scale * x for x in values if x is not None]))
     others = found.get(row.reference, {}) if name != row.reference else {}
     cells += [_accuracy(known, others, key) for key in keys]

@@ -113,6 +113,7 @@ def test_texts_of_no_sense_are_one_line_or_a_value(key):
     "evals.select_on=test", "rollout.marking=x", "optimizer.schedule=x",
     "sampling.frame_cap=x", "tfds.name=x", "data.reader=", "data.root=a\0b",
     "evals.policies=a,\0", "model.layers=both", "evals.empty_frames=none",
+    "objective.frame_credit=token",
   ],
 )  # fmt: skip
 def test_a_senseless_override_names_key_and_need(text):

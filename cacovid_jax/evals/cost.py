@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cacovid_jax.evals import timing
 from cacovid_jax.models import checkpoints, qwen2
@@ -230,13 +229,10 @@ def memory(
 
 def policy_bytes(config: network.PolicyConfig) -> int:
   """Returns the bytes of a policy's weights, which are float32."""
-  policy = network.Policy(config)
-  x = jax.ShapeDtypeStruct((2, config.llm.hidden_size), jnp.float32)
-  positions = np.zeros([len(config.llm.rope_sections or [0]), 2], np.int32)
-  # One token of one frame, behind one of text: sizes do not depend on it.
-  rest = positions, np.array([1]), (1, 1, 1)
-  shapes = jax.eval_shape(lambda x: policy.init(jax.random.key(0), x, *rest), x)
-  return 4 * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+  shapes = network.shapes(config).items()
+  # The third head is not read.
+  read = [x for name, x in shapes if not name.startswith("mode_selection/")]
+  return 4 * sum(map(math.prod, read))
 
 
 def feature_bytes(config: Any, grid: Grid, vision_keys: bool = False) -> int:

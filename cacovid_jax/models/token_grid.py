@@ -257,6 +257,16 @@ class TokenGrid:
     means = sums / jnp.float32(self.frame_tokens)
     return means.reshape(self.bucket.frames, *x.shape[1:])
 
+  def frame_changes(self, x):
+    """Returns float32[T_max, D], how much frames of x float[N_max, D] change.
+
+    Means over a frame's tokens of the distance to the same place of the frame
+    before, channel by channel; zero for the first, and anything in padding.
+    """
+    change = jnp.abs(jnp.diff(self.by_frame(x.astype(jnp.float32)), axis=0))
+    means = change.sum(axis=1) / jnp.float32(self.frame_tokens)
+    return jnp.pad(means, ((1, 0), (0, 0)))
+
 
 def _flatten(grid):
   leaves, static = ((), grid.shape) if grid.full else (grid.shape, None)

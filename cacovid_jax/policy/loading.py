@@ -247,8 +247,10 @@ def _sizes(file: pathlib.Path) -> dict[str, int]:
       " policy_config.json lies beside it"
     )
   found = {"num_halvings": count - 1}
-  if network.BUDGET in tensors:
-    found["budget_embedding"] = tensors[network.BUDGET].shape[-1] // 2
+  if (name := network.OWN["budget"]) in tensors:
+    found["budget_embedding"] = tensors[name].shape[-1] // 2
+  if network.OWN["frame_residual"] in tensors:
+    found["frame_residual"] = True
   return found
 
 
@@ -296,14 +298,14 @@ def load(path, policy, params=None):
   """Returns params as `save` wrote them, or as a public checkpoint holds them.
 
   Of one's own, shapes are compared with those of `params`, which training
-  starts from; there a policy without a budget embedding has one of zeros. What
+  starts from; there a policy without one of `network.OWN` has it of zeros. What
   is unreadable, or has tensors missing, left over or misshaped, is a UserError.
   """
   tensors = read(path)
   if isinstance(policy, network.Policy):
-    if params is not None and "budget" in params:
-      shape = params["budget"]["kernel"].shape[::-1]
-      tensors.setdefault(network.BUDGET, np.zeros(shape, np.float32))
+    for own in network.OWN.keys() & (params or {}).keys():
+      zeros = np.zeros(params[own]["kernel"].shape[::-1], np.float32)
+      tensors.setdefault(network.OWN[own], zeros)
     return network.from_public(tensors, policy.config)
   if params is not None:
     flat = traverse_util.flatten_dict(params, sep="/")

@@ -7,7 +7,8 @@ Top-level parameter names: `layer` is the decoder layer that starts from the
 LLM's layer 0 (the optimiser gives it the lower rate); `layernorm`,
 `token_compress`, `frame_compress` are new; `mode_selection` is carried along
 for the public checkpoint's sake and never trained. Beyond the paper, `budget`
-tells the heads the retention ratio, so that one policy serves all of them.
+tells the heads the retention ratio, so that one policy serves all of them, and
+`frame_residual` tells the frame head what changed since the frame before.
 
 Axes: L prompt tokens, N = T*H*W video tokens, T frames, D width, P position
 rows.
@@ -17,6 +18,7 @@ Paper: https://arxiv.org/abs/2602.01649 (compression policy network).
 import dataclasses
 import functools
 import inspect
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -33,7 +35,8 @@ from cacovid_jax.models import placement, products, qwen2, token_grid
 
 _HEADS = ("token_compress", "frame_compress", "mode_selection")
 _PUBLIC = "compression_policy"
-BUDGET = f"{_PUBLIC}.budget.weight"  # Our name, in files of the public format.
+# Linear maps that are ours: their names in files of the public format.
+OWN = {x: f"{_PUBLIC}.{x}.weight" for x in ("budget", "frame_residual")}
 _OCTAVES = 16  # Period of the first wave: it tells all ratios above 2**-16.
 
 
@@ -59,6 +62,7 @@ class PolicyConfig:
   dtype: jnp.dtype = jnp.float32  # Of the hidden layers; scores are float32.
   backend: str = "auto"  # Attention backend, see `models.attention`.
   budget_embedding: int = 0  # Waves of `ratio_features`; 0 reads no ratio.
+  frame_residual: bool = False  # Whether the frame head reads changes.
 
   def __post_init__(self):
     narrowest = self.llm.hidden_size >> max(self.num_halvings, 0)
@@ -72,6 +76,12 @@ class PolicyConfig:
   @classmethod
   def tiny(cls):
     return cls(llm=qwen2.Qwen2Config.tiny(), num_halvings=3)
+
+  @property
+  def own(self):
+    """Which maps of `OWN` it has."""
+    has = self.budget_embedding, self.frame_residual
+    return tuple(itertools.compress(OWN, has))
 
 
 class Head(nn.Module):
@@ -111,14 +121,15 @@ class Policy(nn.Module):
     self.token_compress = Head(2, **head)
     self.frame_compress = Head(2, **head)
     self.mode_selection = Head(3, **head)
-    if cfg.budget_embedding:
+    for name in cfg.own:
       # Zero before training: scores are those of the policy without it.
-      self.budget = nn.Dense(
+      linear = nn.Dense(
         cfg.llm.hidden_size,
         use_bias=False,
         kernel_init=nn.initializers.zeros,
         dtype=cfg.dtype,
       )
+      setattr(self, name, linear)
 
   def __call__(
     self, x, positions, video_rows, grid, length=None, *, ratio=None
@@ -141,8 +152,12 @@ class Policy(nn.Module):
     chex.assert_shape(video_rows, (grid.bucket.tokens,))
     video = self._encode(x, positions, length)[video_rows]  # [N, D]
     # The mean is taken before the norm, and in float32.
-    frames = grid.frame_means(video)
-    frame = self.frame_compress(self._normed(frames, ratio))
+    frames = self._normed(grid.frame_means(video), ratio)
+    if self.config.frame_residual:
+      # Of normed rows: the norm of a change does not tell how large it is.
+      changes = grid.frame_changes(self.layernorm(video))
+      frames = frames + self.frame_residual(changes)
+    frame = self.frame_compress(frames)
     token = self.token_compress(self._normed(video, ratio))
     return Scores(
       frame=token_grid.fill(frame, grid.valid_frames[:, None], 0.0),
@@ -292,14 +307,14 @@ def shapes(config):
   return {path: leaf.shape for path, leaf in _flatten(params).items()}
 
 
-def public_names(num_halvings, budget=False, qk_norm=False):
+def public_names(num_halvings, own=(), qk_norm=False):
   """Returns {our path: (public name, transposed)} of every parameter.
 
-  `budget` tells whether there is a budget embedding, which is not public;
-  `qk_norm` whether the layer norms queries and keys.
+  `own` are names of `OWN`, which are not public; `qk_norm` tells whether the
+  layer norms queries and keys.
   """
-  embedding = {"budget": "linear"} if budget else {}
-  rows = placement.rows(_PUBLIC, "", layernorm="scale", **embedding)
+  linear = dict.fromkeys(own, "linear")
+  rows = placement.rows(_PUBLIC, "", layernorm="scale", **linear)
   rows |= qwen2.layer_rows(f"{_PUBLIC}.layers.0", "layer", qk_norm=qk_norm)
   for head in _HEADS:
     # A `Sequential`: odd indices are activations.
@@ -314,8 +329,8 @@ def to_public(params, dtype=np.float32):
   """Returns {public name: array of a dtype} of params, for safetensors."""
   flat, public = _flatten(params), {}
   num_halvings = len(params["token_compress"]) - 1  # All but the last.
-  own = "budget" in params, "q_norm" in params["layer"]
-  names = public_names(num_halvings, *own)
+  own = OWN.keys() & params.keys()
+  names = public_names(num_halvings, own, "q_norm" in params["layer"])
   for path, leaf in flat.items():
     name, transposed = names[path]
     leaf = np.asarray(leaf).astype(dtype)
@@ -330,8 +345,8 @@ def from_public(tensors, config):
   `mode_selection` may be absent, all of it; params then lack it too. Names that
   are missing, left over, or of another shape are a UserError.
   """
-  own = bool(config.budget_embedding), config.llm.qk_norm
-  names = public_names(config.num_halvings, *own)
+  norms = config.llm.qk_norm
+  names = public_names(config.num_halvings, config.own, norms)
   expected = {}
   optional = f"{_PUBLIC}.mode_selection."
   has_optional = any(name.startswith(optional) for name in tensors)

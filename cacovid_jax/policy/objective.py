@@ -1,7 +1,8 @@
 """Combinatorial policy optimisation: the loss of a video's replay memory.
 
 Each token, and each frame, is an independent choice between drop and keep. A
-combination's reward is credited to all its choices through a clipped ratio.
+combination's reward is credited to all its choices through a clipped ratio;
+beyond the paper, `frame_credit` gives each frame its own share of the rewards.
 
 Axes: T frames, N video tokens, M combinations in the memory.
 Paper: https://arxiv.org/abs/2602.01649 (combinatorial policy optimisation).
@@ -33,6 +34,9 @@ class ObjectiveConfig:
   log_ratio_clamp: float | None = None
   std_epsilon: float = 1e-4  # Added to the rewards' standard deviation.
   weight_epsilon: float = 1e-7  # Added to the sum of a row's token weights.
+  # "row" credits a reward to all frames that a row chose, as the paper does;
+  # "frame" credits each with what it changed, see `frame_advantages`.
+  frame_credit: str = "row"
 
   def __call__(self, scores, old_scores, memory, grid=None):
     return loss(scores, old_scores, memory, self, grid)
@@ -87,14 +91,38 @@ def advantages(rewards, valid, *, epsilon=1e-4):
   the standard deviation (with Bessel's correction).
   """
   count = valid.sum()
-  # Shifted first: the mean of equal numbers may be off by a rounding, which
-  # the division by epsilon would blow up.
-  shift = jnp.max(jnp.where(valid, rewards, -jnp.inf), initial=-jnp.inf)
-  shifted = jnp.where(valid, rewards - shift, 0.0)
+  shifted = _shifted(rewards, valid)
   mean = shifted.sum() / jnp.maximum(count, 1)
   centred = jnp.where(valid, shifted - mean, 0.0)
   variance = jnp.sum(centred**2) / jnp.maximum(count - 1, 1)
   return centred / (jnp.sqrt(variance) + epsilon)
+
+
+def frame_advantages(mask, rewards, valid, items, *, epsilon=1e-4):
+  """Returns float32[M, T]: what frames earned, signed by a row's choice.
+
+  A frame's is the mean reward of the valid rows of mask bool[M, T] that drew
+  it, less that of those that did not, standardised over the frames of items
+  bool[T] that have both; others have zero.
+  """
+  sides = jnp.stack([mask, ~mask]) & valid[:, None]  # [2, M, T]
+  count = sides.sum(axis=1)
+  shifted = _shifted(rewards, valid)[:, None]
+  sums = jnp.where(sides, shifted, 0.0).sum(axis=1)
+  drawn, left = sums / jnp.maximum(count, 1)
+  both = (count > 0).all(axis=0) & items
+  earned = advantages(drawn - left, both, epsilon=epsilon)
+  return jnp.where(valid[:, None], jnp.where(mask, earned, -earned), 0.0)
+
+
+def _shifted(rewards, valid):
+  """Returns rewards less the largest, exactly zero where they agree.
+
+  The mean of equal numbers may be off by a rounding, which the division by
+  epsilon would blow up.
+  """
+  shift = jnp.max(jnp.where(valid, rewards, -jnp.inf), initial=-jnp.inf)
+  return jnp.where(valid, rewards - shift, 0.0)
 
 
 def kept_share(mask, items):
@@ -122,7 +150,11 @@ def _mode_loss(scores, old_scores, memory, weights, config, items):
   # Here, not only in the means: a zero times a NaN would be one.
   scores = token_grid.fill(scores, items[:, None], 0.0)
   old_scores = token_grid.fill(old_scores, items[:, None], 0.0)
-  advantage = advantages(rewards, valid, epsilon=config.std_epsilon)[:, None]
+  given = dict(epsilon=config.std_epsilon)
+  if weights is None and config.frame_credit == "frame":  # Of frames.
+    advantage = frame_advantages(mask, rewards, valid, items, **given)
+  else:
+    advantage = advantages(rewards, valid, **given)[:, None]
   # Rows that are not filled stay out of the gradient too, where a zero times
   # an overflow would be NaN.
 
@@ -175,13 +207,14 @@ def _metrics(scores, ratio, advantage, valid, config, items):
   entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
   gap = network.keep_gap(scores)
   mean_gap = _item_mean(gap, items)
-  spread = jnp.sqrt(jnp.sum(advantage**2) / jnp.maximum(valid.sum() - 1, 1))
+  choices = items.sum() if advantage.shape[-1] > 1 else 1  # With one each.
+  variance = jnp.sum(advantage**2) / choices / jnp.maximum(valid.sum() - 1, 1)
   metrics = {
     "clip_fraction": _valid_mean(_item_mean(clipped, items), valid),
     "mean_ratio": _valid_mean(_item_mean(ratio, items), valid),
     "entropy": _item_mean(entropy, items),
     "mean_gap": mean_gap,
     "gap_std": jnp.sqrt(_item_mean((gap - mean_gap) ** 2, items)),
-    "advantage_std": spread,
+    "advantage_std": jnp.sqrt(variance),
   }
   return jax.lax.stop_gradient(metrics)

@@ -161,6 +161,10 @@ def test_a_policy_is_its_matrix_products():
   assert cost.policy_bytes(config) == 4 * sum(
     math.prod(leaf.shape) for leaf in leaves
   )
+  # The ratio's map is of 4 channels, that of changes square.
+  more = dict(budget_embedding=2, frame_residual=True)
+  own = cost.policy_bytes(dataclasses.replace(config, **more))
+  assert own - cost.policy_bytes(config) == 4 * (4 * 32 + 32 * 32)
 
 
 def test_weights_are_those_on_each_device():

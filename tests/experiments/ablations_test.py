@@ -75,6 +75,20 @@ def test_what_ours_and_the_papers_share_has_rows_of_the_public_code():
     assert experiment.Experiment.from_config(recipe)
 
 
+def test_what_neither_recipe_has_are_rows_of_ours():
+  both, added = recipes(), ablations.make_rows(recipes())
+  added = {k: row for k, row in added.items() if k.startswith("ours+")}
+  assert len(added) == 2
+  for name, row in added.items():
+    key = name.removeprefix("ours+")
+    assert row.recipe == row.reference == "ours" and [*row.changes] == [key]
+    usual = config_lib.value_of(base_config.get_config(), key)
+    for recipe in both.values():
+      assert config_lib.value_of(recipe, key) == usual != row.changes[key]
+    recipe = config_lib.replace(both["ours"], row.changes)
+    assert experiment.Experiment.from_config(recipe)
+
+
 def test_the_papers_recipe_is_that_of_the_defaults():
   """But for rates, a ratio and a length that it does not use, and precision."""
   found = ablations.departures(recipes()["paper"], base_config.get_config())
@@ -150,6 +164,7 @@ class Measured:
     return {
       "all tokens": 0.75,
       "validation": None,
+      "evidence": 0.25 + 0.5 * number,
       "seconds": 100.0 + number,
       "questions": self.questions,
       "clips": ["a", "a", "b", "c"],
@@ -179,14 +194,15 @@ def test_the_table_of_scores_written_by_hand(tmp_path, measured):
   # Of two values: their distance by the root of two.
   sd = 50 / 2**0.5
   mean = f"75.0 ± {sd:.1f}"
-  assert ours == ["2", "100.5 ± 0.7", "75.0 ± 0.0", "", mean, mean]
+  evidence = f"50.0 ± {sd:.1f}"
+  assert ours == ["2", "100.5 ± 0.7", "75.0 ± 0.0", "", evidence, mean, mean]
   sample = statistics.Sample(("a", "a", "b", "c"))
   values = sample.difference([0, 0, 0.5, 1], [1, 0.5, 0.5, 1])
   difference, low, high = (100 * value for value in values)
   assert difference == -37.5
   text = f"37.5 ± {sd / 2:.1f} (-37.5 [{low:+.1f}, {high:+.1f}])"
   assert cells(tmp_path, "ours-ratio.adaptive")[-2:] == [text, text]
-  assert cells(tmp_path, "paper") == ["0", "", "", "", "", ""]
+  assert cells(tmp_path, "paper") == ["0", "", "", "", "", "", ""]
   drawn = (tmp_path / "accuracy.svg").read_text()
   assert "ours-ratio.adaptive" in drawn and "paper" not in drawn
   assert "accuracy at 5% of the tokens" in drawn
@@ -361,8 +377,10 @@ def test_rows_from_before_a_setting_are_known(tmp_path, measured):
   path = tmp_path / "ours" / "seed_42" / "row.json"
   row = json.loads(path.read_text())
   assert row["identity"]["evals"].pop("empty_frames") == "keep"
+  del row["evidence"]  # Of a command that did not tell it.
   files.write_json(path, row)
   run(tmp_path, "ours")
+  assert cells(tmp_path, "ours")[4] == ""
   assert measured.asked == [("ours", 42)]
   with pytest.raises(errors.UserError, match="empty_frames is 'keep' there"):
     run(tmp_path, "ours", overrides=["evals.empty_frames=drop"])
@@ -480,6 +498,7 @@ def test_one_training_is_asked_in_three_ways(finished):
     assert np.mean(line["scores"]["0.10"]) == pytest.approx(cell["accuracy"])
     assert len(line["clips"]) == cell["n"] and len(set(line["clips"])) == 2
     assert line["all tokens"] == out["vanilla"]["accuracy"]
+    assert line["evidence"] == (out["frame_head"] or {}).get("hit")
     assert cells(workdir, name)[0] == "1"
   bases = [read(workdir, name)[0]["provenance"] for name in rows]
   assert bases[0]["policies"] == bases[2]["policies"]

@@ -111,6 +111,23 @@ def test_frame_means_are_those_of_the_videos_own_rows():
     np.testing.assert_allclose(found[:T], static, rtol=1e-5, atol=1e-6)
 
 
+def test_frame_changes_against_a_loop():
+  changes = jax.jit(lambda grid, x: grid.frame_changes(x))
+  rng = np.random.default_rng(0)
+  for grid in GRIDS:
+    T, area = grid[0], grid[1] * grid[2]
+    x = rng.standard_normal((75, 3)).astype(np.float32)
+    expected = np.zeros((T, 3))
+    for i in range(area, T * area):
+      expected[i // area] += np.abs(x[i] - x[i - area]) / area
+    x[T * area :] = np.nan
+    found = changes(token_grid.TokenGrid.of(grid, BUCKET), x)
+    np.testing.assert_allclose(found[:T], expected, rtol=1e-5, atol=1e-6)
+    assert np.isfinite(found).all()
+    static = token_grid.TokenGrid.of(grid).frame_changes(x[: T * area])
+    np.testing.assert_allclose(static, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_frame_means_of_a_vector_and_under_vmap():
   stack = functools.partial(jax.tree.map, lambda *leaves: np.stack(leaves))
   placed = stack(*[token_grid.TokenGrid.of(grid, BUCKET) for grid in GRIDS])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from cacovid_jax.models import token_grid
-from cacovid_jax.policy import network, objective
+from cacovid_jax.policy import network, objective, sampling
 
 T, N = 4, 24
+each_credit = pytest.mark.parametrize("frame_credit", ["row", "frame"])
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -44,17 +45,36 @@ def memory_of(seed, num_token=6, num_frame=3, token_reward=None):
   )
 
 
+def standardised(values):
+  values = np.asarray(values, np.float64)
+  return (values - values.mean()) / (values.std(ddof=1) + 1e-4)
+
+
+def credit_by_a_loop(masks, rewards):
+  """Returns [M, T]: a frame's rewards with it less those without, signed."""
+  earned = {}
+  for t in range(masks.shape[1]):
+    drawn = [r for mask, r in zip(masks, rewards, strict=True) if mask[t]]
+    left = [r for mask, r in zip(masks, rewards, strict=True) if not mask[t]]
+    if drawn and left:
+      earned[t] = np.mean(drawn, dtype=float) - np.mean(left, dtype=float)
+  found = np.zeros(masks.shape[1])
+  found[list(earned)] = standardised(list(earned.values()))
+  return np.where(masks, found, -found)
+
+
 def loss_by_a_loop(scores, old, memory, config):
   """METHOD.md 5, one choice at a time, in float64."""
 
   def mode(new, old, masks, rewards, weighted):
-    rewards = np.asarray(rewards, np.float64)
-    advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-4)
+    advantages = np.tile(standardised(rewards)[:, None], masks.shape[1])
+    if config.frame_credit == "frame" and not weighted:
+      advantages = credit_by_a_loop(masks, rewards)
     losses = []
-    for mask, advantage in zip(masks, advantages, strict=True):
+    for mask, row in zip(masks, advantages, strict=True):
       share = mask.mean()
       total = weight_sum = 0.0
-      for i, kept in enumerate(mask):
+      for i, (kept, advantage) in enumerate(zip(mask, row, strict=True)):
 
         def log_prob(s, i=i, kept=kept):
           s = np.float64(s[i])
@@ -79,10 +99,15 @@ def loss_by_a_loop(scores, old, memory, config):
   )
 
 
+@each_credit
 @pytest.mark.parametrize("kl_weight", [0.0, 0.02])
-def test_equals_a_loop(kl_weight):
-  config = objective.ObjectiveConfig(kl_weight=kl_weight)
-  new, old, memory = scores_of(1), scores_of(2), memory_of(3)
+def test_equals_a_loop(kl_weight, frame_credit):
+  config = objective.ObjectiveConfig(
+    kl_weight=kl_weight, frame_credit=frame_credit
+  )
+  new, old, memory = scores_of(1), scores_of(2), memory_of(3, num_frame=7)
+  memory.frame_mask[:, 0] = True  # Each row drew it: nothing to compare with.
+  assert not memory.frame_mask[:, 1:].all(axis=0).any()
   (total, metrics), _ = step(new, old, memory, config)
   token_loss, frame_loss = loss_by_a_loop(new, old, memory, config)
   np.testing.assert_allclose(metrics["token_loss"], token_loss, rtol=1e-5)
@@ -109,8 +134,9 @@ def padded(memory, num_token, num_frame, seed):
   )
 
 
-def test_unfilled_rows_have_no_influence():
-  config = objective.ObjectiveConfig(kl_weight=0.02)
+@each_credit
+def test_unfilled_rows_have_no_influence(frame_credit):
+  config = objective.ObjectiveConfig(kl_weight=0.02, frame_credit=frame_credit)
   new, old, memory = scores_of(1), scores_of(2), memory_of(3)
   filled = step(new, old, memory, config)
   preallocated = step(new, old, padded(memory, 10, 5, seed=4), config)
@@ -136,22 +162,26 @@ def test_unfilled_rows_do_not_turn_an_overflow_into_nan():
   assert np.isfinite(grads.token).all()
 
 
-def test_an_empty_memory_has_no_loss_and_no_gradient():
+@each_credit
+def test_an_empty_memory_has_no_loss_and_no_gradient(frame_credit):
+  config = objective.ObjectiveConfig(frame_credit=frame_credit)
   memory = memory_of(3)
   memory = memory._replace(
     token_valid=np.zeros(6, bool), frame_valid=np.zeros(3, bool)
   )
-  (total, metrics), grads = step(scores_of(1), scores_of(2), memory)
+  (total, metrics), grads = step(scores_of(1), scores_of(2), memory, config)
   assert float(total) == 0.0
   assert not np.any(grads.token) and not np.any(grads.frame)
   assert all(np.isfinite(value) for value in metrics.values())
 
 
+@each_credit
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.7, 1 / 3])
-def test_agreeing_rewards_give_exactly_zero_gradients(reward):
+def test_agreeing_rewards_give_exactly_zero_gradients(reward, frame_credit):
+  config = objective.ObjectiveConfig(frame_credit=frame_credit)
   memory = memory_of(3, token_reward=[reward] * 6)
   memory = memory._replace(frame_reward=np.full(3, reward, np.float32))
-  (total, _), grads = step(scores_of(1), scores_of(2), memory)
+  (total, _), grads = step(scores_of(1), scores_of(2), memory, config)
   assert float(total) == 0.0
   assert not np.any(grads.token) and not np.any(grads.frame)
 
@@ -164,6 +194,44 @@ def test_advantages_by_hand():
   deviation = math.sqrt(1 / 3) + 1e-4
   expected = np.array([-2 / 3, 1 / 3, 0.0, 1 / 3]) / deviation
   np.testing.assert_allclose(advantages, expected, rtol=1e-6)
+
+
+def test_frame_advantages_by_hand():
+  # The third row is not filled; the last frame is that of no row.
+  mask = np.array(
+    [[1, 0, 1, 0], [0, 1, 1, 0], [0, 1, 0, 1], [1, 0, 0, 0]], bool
+  )
+  rewards = jnp.array([1.0, 0.0, np.nan, 0.5])
+  valid = jnp.array([True, True, False, True])
+  found = objective.frame_advantages(mask, rewards, valid, np.ones(4, bool))
+  # Frames earn 0.75 - 0, 0 - 0.75 and 0.5 - 0.5: 0.75 standard deviations.
+  earned = np.array([0.75, -0.75, 0.0, 0.0]) / (0.75 + 1e-4)
+  signs = np.where(mask, 1.0, -1.0) * np.array([1, 1, 0, 1])[:, None]
+  np.testing.assert_allclose(found, signs * earned, rtol=1e-6, atol=1e-7)
+
+
+def test_with_frame_credit_the_decisive_frame_rises():
+  """A bandit: eight combinations of 2 of 16 frames, right with frame 5."""
+  config = objective.ObjectiveConfig(frame_credit="frame")
+  filled, none = np.ones(8, bool), np.zeros((1, 1), bool)
+
+  def update(frame, rng):
+    gap = jnp.broadcast_to(network.keep_gap(frame), (8, 16))
+    drawn = sampling.draw_without_replacement(rng, gap, num_draws=2)
+    mask = sampling.token_masks(drawn, 16)
+    memory = objective.Memory(
+      none, np.zeros(1), none[0], mask, mask[:, 5].astype(float), filled
+    )
+    scores = network.Scores(frame, jnp.zeros((1, 2)))
+    grads, _ = jax.grad(objective.loss, has_aux=True)(
+      scores, scores, memory, config
+    )
+    return frame - 0.3 * grads.frame, None
+
+  rngs = jax.random.split(jax.random.key(0), 60)
+  frame, _ = jax.lax.scan(update, jnp.zeros((16, 2)), rngs)
+  gap = np.asarray(network.keep_gap(frame))
+  assert gap[5] > 1.5 and np.delete(gap, 5).max() < 0.3
 
 
 def test_a_single_combination_has_no_advantage():
@@ -187,6 +255,11 @@ def test_the_first_iteration_has_ratio_one_and_clips_nothing():
   assert float(metrics["frame_clip_fraction"]) == 0.0
   np.testing.assert_allclose(metrics["token_advantage_std"], 1.0, rtol=1e-3)
   assert np.abs(grads.token).max() > 0
+  by_frame = objective.ObjectiveConfig(frame_credit="frame")
+  (_, metrics), _ = step(scores, scores, memory, by_frame)
+  earned = credit_by_a_loop(memory.frame_mask, memory.frame_reward)
+  spread = np.sqrt((earned**2).mean() * 3 / 2)  # Of three rows.
+  np.testing.assert_allclose(metrics["frame_advantage_std"], spread, rtol=1e-4)
 
 
 def test_metrics_by_hand():
@@ -251,17 +324,17 @@ def test_vmap_equals_a_loop():
 # Videos of different grids in one program.
 
 
-@jax.jit
-def step_in_bucket(scores, old_scores, memory, grid):
-  config = objective.ObjectiveConfig(kl_weight=0.02)
+@functools.partial(jax.jit, static_argnames="config")
+def step_in_bucket(scores, old_scores, memory, grid, config):
   loss = functools.partial(objective.loss, config=config, grid=grid)
   return jax.value_and_grad(loss, has_aux=True)(scores, old_scores, memory)
 
 
+@each_credit
 @pytest.mark.parametrize("filler", [0.0, 80.0, np.nan])
-def test_padding_of_a_bucket_has_no_influence(filler):
+def test_padding_of_a_bucket_has_no_influence(filler, frame_credit):
   bucket = token_grid.GridBucket(6, 10, 40)
-  config = objective.ObjectiveConfig(kl_weight=0.02)
+  config = objective.ObjectiveConfig(kl_weight=0.02, frame_credit=frame_credit)
   new, old, memory = scores_of(1), scores_of(2), memory_of(3)
 
   def pad(x, axis, size, value):
@@ -279,8 +352,9 @@ def test_padding_of_a_bucket_has_no_influence(filler):
       token_mask=pad(memory.token_mask, 1, 40, kept),
       frame_mask=pad(memory.frame_mask, 1, 6, kept),
     )
+    grid = token_grid.TokenGrid.of((T, 2, 3), bucket)
     (total, metrics), grads = step_in_bucket(
-      padded(new), padded(old), more, token_grid.TokenGrid.of((T, 2, 3), bucket)
+      padded(new), padded(old), more, grid, config
     )
     (expected, others), alone = step(new, old, memory, config)
     np.testing.assert_allclose(total, expected, rtol=1e-5)

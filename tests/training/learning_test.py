@@ -11,7 +11,9 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from cacovid_jax.policy import objective
 from tests.training import tiny
 
 RIGHT, WRONG = 2, 3
@@ -53,13 +55,14 @@ def batch(seed, marked, videos=8):
   )
 
 
-def curves(needed, marked, reward, steps=60):
+def curves(needed, marked, reward, steps=60, **credit):
   """Returns {metric: f32[steps]} of a run."""
   config = dataclasses.replace(
     tiny.step_config(
       reward=reward, iterations=3, learning_rate=2e-2, total_steps=steps
     ),
     model=Spotter(),
+    objective=objective.ObjectiveConfig(**credit),
   )
   # As data, so that both uses share a program.
   weights = tiny.constants(tiny.step_config())
@@ -79,8 +82,9 @@ def test_token_head_learns_to_keep_the_decisive_token():
   assert greedy[-5:].mean() > 0.8
 
 
-def test_frame_head_learns_to_draw_the_decisive_frame():
-  found = curves(needed=4, marked=_AREA, reward="accuracy")
+@pytest.mark.parametrize("frame_credit", ["row", "frame"])
+def test_frame_head_learns_to_draw_the_decisive_frame(frame_credit):
+  found = curves(4, _AREA, "accuracy", frame_credit=frame_credit)
   np.testing.assert_allclose(found["decisive_chance"], 0.25)
   assert found["decisive_frame"][-5:].mean() > 0.9
   assert found["reward_frame_greedy"][-5:].mean() > 0.9
