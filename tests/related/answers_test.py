@@ -93,6 +93,32 @@ def test_a_distillation_asks_for_what_the_whole_clip_gives(answers):
   assert loss(*given, far) - plain == pytest.approx(expected, rel=1e-2)
 
 
+class Fewer(answers_lib.Answers):
+  """All questions to train on but one of the first clip's."""
+
+  def asked(self, split):
+    asked = super().asked(split)
+    left = np.delete(np.arange(len(asked.ids)), 3)
+    return answers_lib.Asked(asked.features, *(x[left] for x in asked[1:]))
+
+
+def test_a_clip_is_heard_once_as_each_question_alone_hears_it(answers):
+  """By a loop over questions, each with a clip that is read for it."""
+  fewer = Fewer("dense", (2, 1))
+  asked, heard = fewer.asked("train"), fewer.heard()
+  assert len(heard) == len(answers.asked("train").ids) - 1
+
+  @jax.jit
+  def alone(params, features, ids, letter):
+    index = jnp.arange(784)[None]
+    given = params, features, index, ids, letter
+    return answers.read(*given, want_cache=True)[1][0]
+
+  for i in (*range(9), len(heard) - 1):
+    expected = alone(answers.params, *asked.take(np.array([i])))
+    np.testing.assert_allclose(heard[i], expected, rtol=2e-3, atol=2e-3)
+
+
 def test_variance_that_is_not_found_by_a_loop():
   rng = np.random.default_rng(0)
   found, told = rng.normal(size=(2, 3, 2, 5, 4))
