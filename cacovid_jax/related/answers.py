@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import base_config, compressors
+from cacovid_jax import base_config, compressors, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
@@ -270,3 +270,19 @@ def _of_questions(out, length):
 def _letters(ids, letter):
   """Returns int32[B, 1], the tokens of the answers."""
   return jnp.take_along_axis(ids, letter[:, None], axis=-1)
+
+
+def cases(name, settings, arms, folder, told, policy=""):
+  """Returns the cases of a study, one for each of a section's `sizes`.
+
+  Each (variant, size) is `arms(settings, answers, size, folder, seed)`; sizes
+  of a variant share its answers, and `told(size)` ends the case's name.
+  """
+  errors.check(settings.sizes, f"config.{name}.sizes: give at least one")
+  own = functools.cache(lambda one: Answers(one, settings.count, policy))
+  return {
+    f"{variant}, {told(size)}": functools.partial(
+      arms, settings, own(variant), size, folder
+    )
+    for variant, size in settings.sizes
+  }
