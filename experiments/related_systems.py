@@ -16,6 +16,7 @@ Stopped and given again, it goes on where it was.
 """
 
 import importlib
+import itertools
 import json
 import pathlib
 import time
@@ -70,37 +71,38 @@ def main(args):
     # What other settings trained is not gone on from.
     folder = workdir / "checkpoints" / name / run["config"]
     module = importlib.import_module(f"cacovid_jax.related.{name}")
-    study = module.study(config[name], config.seeds, clips, folder)
+    study = module.study(config[name], clips, folder)
     with reporting.ledger(workdir / f"{name}.jsonl", run) as rows:
-      found = measure(name, study, rows)
+      found = measure(name, study, config.seeds, rows)
     out["systems"][name] = write(workdir, name, study, found)
     written += [f"{name}.md", f"{name}.svg"]
   files.write_json(known, out)
   reporting.files(workdir, [*written, "results.json"])
 
 
-def measure(name, study, rows):
-  """Returns (case, seed, arms, seconds) of each cell; those known are kept."""
+def measure(name, study, seeds, rows):
+  """Returns the cells, a case with a seed each; those known are kept."""
   found = []
-  for cell in study.cells:
-    key = answer_log.Key(name, 1.0, cell.seed, cell.case)
+  for seed, (case, arms_of) in itertools.product(seeds, study.cases.items()):
 
-    def run(cell=cell):
-      terminal.tell(f"{study.title}: {cell.case}, seed {cell.seed}")
+    def run(seed=seed, case=case, arms_of=arms_of):
+      terminal.tell(f"{study.title}: {case}, seed {seed}")
       start = time.monotonic()
       # In a list: a ledger keeps no order of keys.
-      arms = list(cell.run().items())
+      arms = list(arms_of(seed).items())
       return {"arms": arms, "seconds": time.monotonic() - start}
 
-    row = reporting.once(rows, key, run)
-    arms = dict(row["arms"])
-    found.append((cell.case, cell.seed, arms, row["seconds"]))
+    row = reporting.once(rows, answer_log.Key(name, 1.0, seed, case), run)
+    own = {"case": case, "seed": seed, "arms": dict(row["arms"])}
+    found.append(own | {"seconds": row["seconds"]})
   return found
 
 
 def write(workdir, name, study, found):
   """Writes a system's table and picture, and returns both as numbers."""
-  table = study_lib.Outcome([cell[:3] for cell in found])
+  table = study_lib.Outcome(
+    (cell["case"], cell["seed"], cell["arms"]) for cell in found
+  )
   bars = study.bars(table)
   lines = [
     [bar.text, f"{bar.value:.3f}", "yes" if bar.holds else "no"] for bar in bars
@@ -110,11 +112,7 @@ def write(workdir, name, study, found):
   files.write(workdir / f"{name}.md", text)
   files.write(workdir / f"{name}.svg", study.picture(table))
   print(text)
-  told = ("case", "seed", "arms", "seconds")
-  cells = [dict(zip(told, cell, strict=True)) for cell in found]
-  return json.loads(
-    json.dumps({"cells": cells, "bars": [bar._asdict() for bar in bars]})
-  )
+  return {"cells": found, "bars": [bar._asdict() for bar in bars]}
 
 
 if __name__ == "__main__":

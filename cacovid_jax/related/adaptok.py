@@ -168,26 +168,18 @@ def tails(rng, shape, latents: int):
   return jnp.clip(found, 1, latents).astype(jnp.int32)
 
 
-@functools.lru_cache(maxsize=8)
-def _loss_of(net, batch):
-  def loss(params, data, rng, step):
-    keys = jax.random.split(rng, 3)
-    x = data[jax.random.randint(keys[0], [batch], 0, len(data))]
-    counts = tails(keys[1], x.shape[:2], net.latents)
-    decoded, cost = net.apply({"params": params}, x, counts, keys[2])
-    return jnp.abs(x - decoded).mean() + 0.1 * cost
-
-  return loss
+def _loss(net, batch, params, data, rng, step):
+  keys = jax.random.split(rng, 3)
+  x = data[jax.random.randint(keys[0], [batch], 0, len(data))]
+  counts = tails(keys[1], x.shape[:2], net.latents)
+  decoded, cost = net.apply({"params": params}, x, counts, keys[2])
+  return jnp.abs(x - decoded).mean() + 0.1 * cost
 
 
-@functools.lru_cache(maxsize=4)
-def _scorer_loss(scorer, batch):
-  def loss(params, data, rng, step):
-    rows = jax.random.randint(rng, [batch], 0, len(data[0]))
-    latent, curves = jax.tree.map(lambda x: x[rows], data)
-    return jnp.square(scorer.apply({"params": params}, latent) - curves).mean()
-
-  return loss
+def _scorer_loss(scorer, batch, params, data, rng, step):
+  rows = jax.random.randint(rng, [batch], 0, len(data[0]))
+  latent, curves = jax.tree.map(lambda x: x[rows], data)
+  return jnp.square(scorer.apply({"params": params}, latent) - curves).mean()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -264,8 +256,8 @@ def _trained(settings, seed, folder):
   whole = jnp.full(x[:1].shape[:2], settings.latents)
   start = net.init(rng, x[:1], whole)["params"]
   params = fitting.fit(
-    _loss_of(net, settings.batch), start, x, rng,
-    fitting.Schedule(**settings.fit), folder=folder and folder / f"net_{seed}",
+    (_loss, net, settings.batch), start, x, rng, settings.fit,
+    folder=folder and folder / f"net_{seed}",
   )  # fmt: skip
   few = x[: settings.scored]
   latent, q = _encode(net, params, few)
@@ -274,14 +266,13 @@ def _trained(settings, seed, folder):
   scorer = Scorer()
   start = scorer.init(rng, latent[:1])["params"]
   scores = fitting.fit(
-    _scorer_loss(scorer, settings.batch), start, (latent, told), rng,
-    fitting.Schedule(**settings.scorer_fit),
-    folder=folder and folder / f"scorer_{seed}",
+    (_scorer_loss, scorer, settings.batch), start, (latent, told), rng,
+    settings.scorer_fit, folder=folder and folder / f"scorer_{seed}",
   )  # fmt: skip
   return net, params, scores
 
 
-def _arms(settings, seed, folder):
+def _arms(settings, folder, seed):
   """Returns what the allocations of a trained tokenizer's latents reach."""
   net, params, scores = _trained(settings, seed, folder)
   clips, objects = nested.squares(seed, settings.test)
@@ -313,7 +304,7 @@ def _arms(settings, seed, folder):
   return out
 
 
-def _lengths(settings, seed, folder):
+def _lengths(settings, folder, seed):
   """Returns the PSNR of each length, equal for all blocks."""
   net, params, _ = _trained(settings, seed, folder)
   x = jnp.asarray(nested.patches(nested.squares(seed, settings.test)[0]))
@@ -327,13 +318,9 @@ def _lengths(settings, seed, folder):
   return out
 
 
-def _linear_arms(settings, seed, mean_levels):
+def _linear_arms(settings, mean_levels, seed):
   """Returns the same with exact curves of a linear code, and of its scorer."""
-  known, asked = (
-    nested.blocks(nested.squares(at, number)[0])
-    for at, number in zip((seed + 100, seed), settings.linear, strict=True)
-  )
-  code = nested.LinearCode.fit(known)
+  code, known, asked, _ = nested.known_code(seed, *settings.linear)
   weights = nested.ridge(nested.features(known), code.errors(known))
   true = code.errors(asked)
   predicted = nested.features(asked) @ weights
@@ -344,36 +331,27 @@ def _linear_arms(settings, seed, mean_levels):
     "scorer": own(jnp.asarray(predicted[:, 1:])),
     "exact (oracle)": own(jnp.asarray(true[:, 1:])),
   }
-  plain, out = nested.error_of(true, chosen["fixed length"]), {}
-  for arm, counts in chosen.items():
-    error = nested.error_of(true, np.asarray(counts))
-    out[arm] = {
-      "tokens": float(np.mean(counts) * nested.STEP),
-      "squared error": error,
-      "dB over fixed": nested.decibels(error, plain),
-    }
-  return out
+  return nested.arms(true, chosen, "dB over fixed")
 
 
-def study(settings, seeds, clips, folder=None) -> study_lib.Study:
+def study(settings, clips, folder=None) -> study_lib.Study:
   """Returns the comparison with fixed lengths at equal tokens."""
   del clips  # Its own are of squares.
   linear = {
-    _case(levels): functools.partial(_linear_arms, settings, mean_levels=levels)
+    _case(levels): functools.partial(_linear_arms, settings, levels)
     for levels in settings.mean_levels
   }
   trained = {
-    case: functools.partial(arms, settings, folder=folder)
+    case: functools.partial(arms, settings, folder)
     for case, arms in (("tokenizer", _arms), ("every length", _lengths))
   }
-  cells = [*study_lib.cells(seeds, linear), *study_lib.cells(seeds, trained)]
 
   def bars(table):
     least = study_lib.Bar.least
     known = functools.partial(table.values, measure="dB over fixed")
     out = []
     for case, oracle in [
-      *((_case(levels), "exact (oracle)") for levels in settings.mean_levels),
+      *((case, "exact (oracle)") for case in linear),
       ("tokenizer", "measured (oracle)"),
     ]:
       gain, most = known(case, "scorer"), known(case, oracle)
@@ -385,11 +363,8 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
     out.append(least("least gain of a further latent, dB", steps.min(), 0.0))
     return out
 
-  def picture(table):
-    cases = [*map(_case, settings.mean_levels), "tokenizer"]
-    return table.by_arm(cases, "dB over fixed", "dB over fixed lengths")
-
-  return study_lib.Study("AdapTok", cells, bars, picture)
+  shown = [*linear, "tokenizer"], "dB over fixed", "dB over fixed lengths"
+  return study_lib.Study("AdapTok", linear | trained, bars, shown)
 
 
 def _case(levels) -> str:

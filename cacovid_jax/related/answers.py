@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cacovid_jax import base_config, compressors
+from cacovid_jax import base_config, compressors, errors
 from cacovid_jax import config as config_lib
 from cacovid_jax import experiment as experiment_lib
 from cacovid_jax.compressors import base
@@ -131,20 +131,29 @@ class Answers:
   def heard(self) -> jax.Array:
     """Returns float16[q, layers - 1, A, C], what `read` gives of whole clips.
 
-    Of training's, kept on the device: a batch of them is no transfer.
+    Of training's, kept on the device: a batch of them is no transfer. A clip is
+    read once for all its questions.
     """
-    index = jnp.arange(self.prompts.num_video)[None]
+    asked = self.asked("train")
+    clip = np.asarray(asked.clip)
+    place = np.arange(len(clip)) - np.searchsorted(clip, clip)
 
     @jax.jit
-    def read(params, asked):
-      def one(which):
-        features, ids, letter = asked.take(which[None])
-        found = self.read(params, features, index, ids, letter, want_cache=True)
-        return found[1][0].astype(jnp.float16)
+    def read(params, features, ids):
+      # A clip of fewer questions than others is asked blank ones, too.
+      blank = jnp.zeros((len(features), place.max() + 1, ids.shape[1]), int)
+      packed_ids = blank.at[clip, place].set(ids)
 
-      return jax.lax.map(one, jnp.arange(len(asked.ids)), batch_size=_AT_ONCE)
+      def one(given):
+        x, ids = given
+        video = packed.TowerOutput(x[None])
+        given = params, video, ids[None]
+        _, out = self.prompts.full_hidden(*given, want_cache=True)
+        return _of_questions(out, ids.shape[1]).astype(jnp.float16)
 
-    return read(self.params, self.asked("train"))
+      return jax.lax.map(one, (features, packed_ids))[clip, place]
+
+    return read(self.params, asked.features, asked.ids)
 
   def logits(self, *given):
     """Returns float32[B, V] where the letter is asked for; see `read`."""
@@ -169,9 +178,7 @@ class Answers:
     logits = self.prompts.model.logits(params, last)
     if not want_cache:
       return logits, None
-    cache = [layers.joined(out[name])[1:] for name in ("keys", "values")]
-    cache = jnp.concatenate(cache, axis=-1)[:, :, -ids.shape[1] :]
-    return logits, jnp.moveaxis(cache.reshape(*cache.shape[:3], -1), 0, 1)
+    return logits, _of_questions(out, ids.shape[1])
 
   def loss(self, params, rows, index, ids, letter, heard=None):
     """Returns float32[], the cross entropy of the letters; see `read`.
@@ -253,6 +260,29 @@ def _right(answers, params, rows, index, ids, letter):
   return best == _letters(ids, letter)[:, 0]
 
 
+def _of_questions(out, length):
+  """Returns float[B, layers - 1, A, C], keys and values of the last rows."""
+  cache = [layers.joined(out[name])[1:] for name in ("keys", "values")]
+  cache = jnp.concatenate(cache, axis=-1)[:, :, -length:]
+  return jnp.moveaxis(cache.reshape(*cache.shape[:3], -1), 0, 1)
+
+
 def _letters(ids, letter):
   """Returns int32[B, 1], the tokens of the answers."""
   return jnp.take_along_axis(ids, letter[:, None], axis=-1)
+
+
+def cases(name, settings, arms, folder, told, policy=""):
+  """Returns the cases of a study, one for each of a section's `sizes`.
+
+  Each (variant, size) is `arms(settings, answers, size, folder, seed)`; sizes
+  of a variant share its answers, and `told(size)` ends the case's name.
+  """
+  errors.check(settings.sizes, f"config.{name}.sizes: give at least one")
+  own = functools.cache(lambda one: Answers(one, settings.count, policy))
+  return {
+    f"{variant}, {told(size)}": functools.partial(
+      arms, settings, own(variant), size, folder
+    )
+    for variant, size in settings.sizes
+  }

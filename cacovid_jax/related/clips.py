@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,21 +103,37 @@ class Clips:
     names = self.names(split)
     captions = captions_of(self._captions, names)
     x = self.features(names)
-    x = _few(x, num_tokens) if num_tokens else x.mean(axis=2)
+    if num_tokens:
+      x = x.reshape(len(x), -1, x.shape[-1])
+      given = dict(spec="divprune", num_keep=num_tokens)
+      x = rows_of(jax.random.key(0), x, **given).rows
+    else:
+      x = x.mean(axis=2)
     video = jnp.asarray(x), jnp.ones(x.shape[:2], bool)
     return self.text(captions), video
 
 
-def _few(x, num_tokens):
-  """Returns float32[n, K, D], what DivPrune keeps of float32[n, T, P, D]."""
-  method = compressors.get("divprune")
+class Rows(NamedTuple):
+  """What a method leaves of clips, questions unseen."""
 
-  @jax.jit
-  def choose(tokens):
-    inputs = base.CompressorInputs(features=tokens, grid=world.SMALL.grid)
-    return method.select(inputs, num_keep=num_tokens).features
+  rows: Any  # float32[n, K, D].
+  index: Any  # int32[n, K].
 
-  return np.stack([choose(one.reshape(-1, one.shape[-1])) for one in x])
+
+@functools.partial(jax.jit, static_argnames=("spec", "num_keep"))
+def rows_of(rng, features, *, spec, num_keep) -> Rows:
+  """Returns the rows of clips float32[n, N, D] by a method's spec."""
+  method = compressors.get(spec)
+
+  def one(given):
+    x, number = given
+    inputs = base.CompressorInputs(
+      features=x, grid=world.SMALL.grid, rng=jax.random.fold_in(rng, number)
+    )
+    found = method.select(inputs, num_keep=num_keep)
+    return Rows(found.features, found.index)
+
+  return jax.lax.map(one, (features, jnp.arange(len(features))), batch_size=8)
 
 
 def captions_of(known, names) -> list[str]:

@@ -189,20 +189,12 @@ def _initial_scale(rng, shape):
   return jnp.full(shape, np.log(1 / 0.07), jnp.float32)
 
 
-@functools.lru_cache(maxsize=16)
-def _loss_of(net, batch):
-  def loss(params, data, rng, step):
-    number = len(data[0][0])
-    rows_rng, rng = jax.random.split(rng)
-    rows = jax.random.choice(
-      rows_rng, number, [min(batch, number)], replace=False
-    )
-    text, video = jax.tree.map(lambda x: x[rows], data)
-    cosines, scale = net.apply({"params": params}, text, video, rng)
-    ways = (cosines, cosines.T)
-    return 0.5 * sum(retrieval.contrast(scale * way) for way in ways)
-
-  return loss
+def _loss(net, batch, params, data, rng, step):
+  rows_rng, rng = jax.random.split(rng)
+  text, video = retrieval.drawn(rows_rng, data, batch)
+  cosines, scale = net.apply({"params": params}, text, video, rng)
+  ways = (cosines, cosines.T)
+  return 0.5 * sum(retrieval.contrast(scale * way) for way in ways)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -269,7 +261,6 @@ def _trained_arms(settings, seed, train, test, folder):
     "released": EMCL.released(num_bases=K),
     "corrected": EMCL.corrected(num_bases=K),
   }
-  fit = fitting.Schedule(**settings.fit)
   out, rng = {}, jax.random.key(seed)
   for arm, config in configs.items():
     net = EMCLNet(settings.width, settings.hidden, config)
@@ -278,7 +269,7 @@ def _trained_arms(settings, seed, train, test, folder):
     start = EMCLNet(settings.width, settings.hidden).init(rng, *few, rng)
     own = folder and folder / f"{arm}_{seed}"
     params = fitting.fit(
-      _loss_of(net, settings.batch), start["params"], train, rng, fit,
+      (_loss, net, settings.batch), start["params"], train, rng, settings.fit,
       folder=own,
     )  # fmt: skip
     out[arm] = retrieval.both_ways(_cosines(net, params, *test, rng))
@@ -289,7 +280,7 @@ def _trained_arms(settings, seed, train, test, folder):
   return out
 
 
-def study(settings, seeds, clips, folder=None) -> study_lib.Study:
+def study(settings, clips, folder=None) -> study_lib.Study:
   """Returns the comparison of the forms; `clips` gives those with captions."""
   cases = {
     "groups": ("groups", settings.noise),
@@ -306,11 +297,6 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
     train, test = (clips.pairs(split) for split in clips.SPLITS)
     return _trained_arms(settings, seed, train, test, folder)
 
-  cells = [
-    *study_lib.cells(seeds, of_planted),
-    *study_lib.cells(seeds, {"embedded clips": embedded}),
-  ]
-
   def bars(table):
     gap = functools.partial(table.gap, measure="t2v R@1")
     least, most = study_lib.Bar.least, study_lib.Bar.most
@@ -323,9 +309,6 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
       most("corrected over plain, no groups", max(none), 0.0),
     ]
 
-  def picture(table):
-    return table.by_arm(
-      ["groups", "no groups"], "t2v R@1", "R@1, text to video"
-    )
-
-  return study_lib.Study("EMCL-Net", cells, bars, picture)
+  cases = of_planted | {"embedded clips": embedded}
+  shown = ["groups", "no groups"], "t2v R@1", "R@1, text to video"
+  return study_lib.Study("EMCL-Net", cases, bars, shown)

@@ -1,12 +1,12 @@
 """Training of the small models here: many steps a program, resumable.
 
-A loss is `loss(params, data, rng, step)` -> float32[]; it draws its own batch
-of `data`, a pytree of arrays, so that no step waits for the host.
+A loss is `loss(*static, params, data, rng, step)` -> float32[]; it draws its
+own batch of `data`, a pytree of arrays, so that no step waits for the host.
 """
 
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -36,11 +36,11 @@ class _State(NamedTuple):
 
 
 def fit(
-  loss: Callable[..., jax.Array],
+  loss: tuple[Any, ...],
   params: Any,
   data: Any,
   rng: jax.Array,
-  settings: Schedule,
+  settings: Schedule | Mapping[str, Any],
   *,
   folder: str | pathlib.Path | None = None,
   between: Callable[..., Any] | None = None,
@@ -48,11 +48,11 @@ def fit(
   """Returns trained parameters.
 
   Args:
-    loss: see above; the same function object is compiled once.
+    loss: (loss, *static), see above; equal ones are compiled once.
     params: to start from.
     data: what the loss draws from.
     rng: key; step i uses `fold_in(rng, i)`, so a resumed run is the same.
-    settings: steps and rates.
+    settings: steps and rates, or what `Schedule` is made of.
     folder: of an Orbax checkpoint, written after each chunk and gone on from;
       None for none.
     between: `between(params, data, step)` -> params, before each chunk.
@@ -60,6 +60,8 @@ def fit(
   Raises:
     UserError: the loss is no longer finite.
   """
+  if not isinstance(settings, Schedule):
+    settings = Schedule(**settings)
   tx = _optimizer(settings)
   state = _State(jnp.int32(0), params, tx.init(params))
   found = folder and checkpointing.restore_latest(folder, state)
@@ -95,6 +97,7 @@ def _optimizer(settings):
 @functools.partial(jax.jit, static_argnames=("loss", "tx", "count"))
 def _advance(state, data, rng, *, loss, tx, count):
   """Returns the state after `count` steps, and their mean loss."""
+  loss = functools.partial(*loss)
 
   def step(state, _):
     key = jax.random.fold_in(rng, state.step)

@@ -11,7 +11,7 @@ codewords of a part.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -122,7 +122,7 @@ def aq_loss(text, video, codebook, soft):
 class Recipe(NamedTuple):
   """How a model is trained; compiled programs are told apart by it."""
 
-  embed: Any  # embed(params, text, video) -> levels of both; hashable.
+  module: nn.Module  # Of (text, video) to levels of both.
   num_parts: int
   num_codewords: int
   settings: fitting.Schedule  # A chunk is an epoch.
@@ -131,31 +131,18 @@ class Recipe(NamedTuple):
   reseed: bool = True  # False leaves codewords of nobody at zero, as released.
 
 
-@functools.lru_cache(maxsize=64)
-def _loss_of(recipe):
+def _loss(recipe, params, data, rng, step):
   epochs = math.ceil(recipe.settings.steps / recipe.settings.chunk)
-
-  def loss(params, data, rng, step):
-    rows = jax.random.choice(
-      rng, _length(data), [min(recipe.batch, _length(data))], replace=False
-    )
-    text, video = jax.tree.map(lambda x: x[rows], data)
-    a, b = recipe.embed(params["model"], text, video)
-    # From almost 1 in the first epoch to 0 in the last, as published.
-    epoch = step // recipe.settings.chunk + 1
-    soft = jnp.cos(jnp.pi / 2 * epoch / epochs) if recipe.coded else 1.0
-    books = jax.lax.stop_gradient(params["codebooks"])
-    each = [
-      weight * aq_loss(a[:, level], b[:, level], books[level], soft)
-      for level, weight in enumerate(weights(a.shape[1]))
-    ]
-    return sum(each)
-
-  return loss
-
-
-def _length(data) -> int:
-  return jax.tree.leaves(data)[0].shape[0]
+  pairs = retrieval.drawn(rng, data, recipe.batch)
+  a, b = recipe.module.apply({"params": params["model"]}, *pairs)
+  # From almost 1 in the first epoch to 0 in the last, as published.
+  epoch = step // recipe.settings.chunk + 1
+  soft = jnp.cos(jnp.pi / 2 * epoch / epochs) if recipe.coded else 1.0
+  books = jax.lax.stop_gradient(params["codebooks"])
+  return sum(
+    weight * aq_loss(a[:, level], b[:, level], books[level], soft)
+    for level, weight in enumerate(weights(a.shape[1]))
+  )
 
 
 def train(recipe: Recipe, params, data, rng, *, folder=None):
@@ -168,17 +155,18 @@ def train(recipe: Recipe, params, data, rng, *, folder=None):
     rng: key.
     folder: of a checkpoint, see `fitting.fit`.
   """
-  quantisers.check_enough(2 * _length(data), recipe.num_codewords)
-  levels = jax.eval_shape(recipe.embed, params, *data)[0].shape
-  width = levels[2] // recipe.num_parts
-  keys = jax.random.split(jax.random.fold_in(rng, 1 << 20), levels[1])
+  number = len(jax.tree.leaves(data)[0])
+  quantisers.check_enough(2 * number, recipe.num_codewords)
+  made, _ = jax.eval_shape(recipe.module.apply, {"params": params}, *data)
+  width = made.shape[2] // recipe.num_parts
+  keys = jax.random.split(jax.random.fold_in(rng, 1 << 20), made.shape[1])
   make = functools.partial(
     quantisers.init_codebook,
     num_parts=recipe.num_parts, num_codewords=recipe.num_codewords, width=width,
   )  # fmt: skip
   start = {"model": params, "codebooks": jnp.stack([make(key) for key in keys])}
   # What becomes of unused codewords is no part of the loss's program.
-  loss = _loss_of(recipe._replace(reseed=True))
+  loss = _loss, recipe._replace(reseed=True)
 
   def between(params, data, step):
     if step and not recipe.coded:
@@ -193,7 +181,7 @@ def train(recipe: Recipe, params, data, rng, *, folder=None):
 
 def codebooks(recipe: Recipe, params, data):
   """Returns codebooks moved to the embeddings of texts and videos together."""
-  both = jnp.concatenate(_embed(recipe.embed, params["model"], *data))
+  both = jnp.concatenate(_embed(recipe.module, params["model"], *data))
   found = [
     quantisers.refresh(
       quantisers.parts(both[:, level], recipe.num_parts),
@@ -206,8 +194,8 @@ def codebooks(recipe: Recipe, params, data):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(embed, params, text, video):
-  return embed(params, text, video)
+def _embed(module, params, text, video):
+  return module.apply({"params": params}, text, video)
 
 
 class Index(NamedTuple):
@@ -278,11 +266,6 @@ class Pairs(nn.Module):
     return self.text(text)[:, None], self.video(video)[:, None]
 
 
-@functools.lru_cache(maxsize=16)
-def _embedder(module):
-  return lambda params, *pair: module.apply({"params": params}, *pair)
-
-
 def planted(seed: int, num_pairs: int, noise: float = 0.55):
   """Returns (texts, videos) float32[n, 128] of 64 shared numbers a pair."""
   rng = np.random.default_rng(seed)
@@ -300,13 +283,11 @@ def _arms(module, settings, codes, seed, train_set, test, folder):
 
   Post-hoc codes are k-means on what a model without them embeds.
   """
-  embed = _embedder(module)
   rng = jax.random.key(seed)
   few = jax.tree.map(lambda x: x[:2], train_set)
   start = module.init(rng, *few)["params"]
-  recipe = Recipe(
-    embed, *codes, fitting.Schedule(**settings.fit), settings.batch
-  )
+  schedule = fitting.Schedule(**settings.fit)
+  recipe = Recipe(module, *codes, schedule, settings.batch)
   out = {}
   for arm, changes in {
     "float": dict(coded=False),
@@ -316,7 +297,7 @@ def _arms(module, settings, codes, seed, train_set, test, folder):
     own = recipe._replace(**changes)
     at = folder and folder / f"{arm}_{codes[0]}_{codes[1]}_{seed}"
     params = train(own, start, train_set, rng, folder=at)
-    queries, items = _embed(embed, params["model"], *test)
+    queries, items = _embed(module, params["model"], *test)
     index = Index.of(items, params["codebooks"])
     told = {"bytes": index.num_bytes}
     if own.reseed:
@@ -330,7 +311,7 @@ def _arms(module, settings, codes, seed, train_set, test, folder):
   return out
 
 
-def study(settings, seeds, clips, folder=None) -> study_lib.Study:
+def study(settings, clips, folder=None) -> study_lib.Study:
   """Returns the comparison with floats and with codes fitted afterwards."""
   errors.check(
     len(settings.codes) == len(settings.bounds),
@@ -353,14 +334,10 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
     at = folder and folder / "clips"
     return _arms(module, own, own.codes, seed, train_set, test, at)
 
-  cases = {
+  planted_cases = {
     _case(codes): functools.partial(of_planted, codes)
     for codes in settings.codes
   }
-  cells = [
-    *study_lib.cells(seeds, cases),
-    *study_lib.cells(seeds, {"embedded clips": embedded}),
-  ]
 
   def bars(table):
     out = []
@@ -376,11 +353,9 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
     text = f"{case}: share of its float's R@1"
     return [*out, study_lib.Bar.least(text, kept, 0.95)]
 
-  def picture(table):
-    cases = [_case(codes) for codes in settings.codes]
-    return table.by_arm(cases, "t2v R@1", "R@1, text to video")
-
-  return study_lib.Study("HCQ", cells, bars, picture)
+  cases = planted_cases | {"embedded clips": embedded}
+  shown = list(planted_cases), "t2v R@1", "R@1, text to video"
+  return study_lib.Study("HCQ", cases, bars, shown)
 
 
 def _case(codes) -> str:

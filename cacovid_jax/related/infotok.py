@@ -102,17 +102,13 @@ def source(seed: int, num_clips: int, num_features: int = 8, width: int = 32):
   return (signs @ axes[:num_features]).astype(np.float32), told
 
 
-@functools.lru_cache(maxsize=4)
-def _loss_of(net, batch):
-  def loss(params, data, rng, step):
-    rows_rng, rate_rng = jax.random.split(rng)
-    x = data[jax.random.randint(rows_rng, [batch], 0, len(data))]
-    rate = jax.random.choice(rate_rng, jnp.array(TRAIN_RATES), [batch, 1])
-    mask = jnp.arange(net.num_tokens) < rate * net.num_tokens
-    decoded, _ = net.apply({"params": params}, x, mask)
-    return jnp.abs(x - decoded).mean()
-
-  return loss
+def _loss(net, batch, params, data, rng, step):
+  rows_rng, rate_rng = jax.random.split(rng)
+  x = data[jax.random.randint(rows_rng, [batch], 0, len(data))]
+  rate = jax.random.choice(rate_rng, jnp.array(TRAIN_RATES), [batch, 1])
+  mask = jnp.arange(net.num_tokens) < rate * net.num_tokens
+  decoded, _ = net.apply({"params": params}, x, mask)
+  return jnp.abs(x - decoded).mean()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -129,15 +125,12 @@ def errors_by_count(net, params, x):
   return jax.vmap(one, out_axes=1)(jnp.arange(net.num_tokens + 1))
 
 
-def _linear_arms(settings, seed, mean_levels):
+def _linear_arms(settings, mean_levels, seed):
   """Returns errors of allocators of exact curves, at equal tokens."""
-  code = nested.LinearCode.fit(
-    nested.blocks(nested.squares(seed + 100, settings.clips)[0])
-  )
-  clips, objects = nested.squares(seed, settings.clips)
-  curves = code.errors(nested.blocks(clips))
-  number, high = len(curves), nested.LEVELS
-  total, objects = number * mean_levels, np.repeat(objects, nested.BLOCKS)
+  given = settings.clips, settings.clips
+  code, _, asked, objects = nested.known_code(seed, *given)
+  curves, high = code.errors(asked), nested.LEVELS
+  total = len(curves) * mean_levels
   half = curves[:, high // 2]
   own = functools.partial(counts, total=total, low=1, high=high)
   chosen = {
@@ -151,26 +144,17 @@ def _linear_arms(settings, seed, mean_levels):
       jnp.asarray(curves[:, 1:]), total, 1, high
     ),
   }
-  plain = nested.error_of(curves, np.asarray(chosen["uniform"]))
-  out = {}
+  out = nested.arms(curves, chosen, "dB over uniform")
   for arm, levels in chosen.items():
-    levels = np.asarray(levels)
-    error = nested.error_of(curves, levels)
-    rank = stats.spearmanr(levels, objects).statistic if levels.std() else 0.0
-    out[arm] = {
-      "tokens": float(levels.mean() * nested.STEP),
-      "squared error": error,
-      "dB over uniform": nested.decibels(error, plain),
-      "rank with objects": float(rank),
-    }
+    rank = stats.spearmanr(levels, objects).statistic if np.std(levels) else 0.0
+    out[arm]["rank with objects"] = float(rank)
   return out
 
 
-def _source_arms(settings, seed, folder):
+def _source_arms(settings, folder, seed):
   """Returns what tokenizers of the known source give to clips of k bits."""
   train, _ = source(seed + 1000, settings.source)
   test, told = source(seed, settings.source_test)
-  fit = fitting.Schedule(**settings.fit)
   out = {}
   for arm, informed in (("mask told", True), ("not told (released)", False)):
     net = ScalarTokenizer(told=informed)
@@ -178,8 +162,10 @@ def _source_arms(settings, seed, folder):
     every = jnp.ones((1, net.num_tokens), bool)
     start = net.init(rng, train[:1], every)["params"]
     at = folder and folder / f"source_{informed}_{seed}"
-    loss = _loss_of(net, settings.batch)
-    params = fitting.fit(loss, start, jnp.asarray(train), rng, fit, folder=at)
+    params = fitting.fit(
+      (_loss, net, settings.batch), start, jnp.asarray(train), rng,
+      settings.fit, folder=at,
+    )  # fmt: skip
     curves = np.asarray(errors_by_count(net, params, jnp.asarray(test)))
     high, number = net.num_tokens, len(test)
     total = number * high // 2
@@ -200,28 +186,25 @@ def _source_arms(settings, seed, folder):
   return out
 
 
-def study(settings, seeds, clips, folder=None) -> study_lib.Study:
+def study(settings, clips, folder=None) -> study_lib.Study:
   """Returns the comparison with equal counts and with the exact allocator."""
   del clips  # Its own are of squares.
-  cases = {
-    _case(levels): functools.partial(_linear_arms, settings, mean_levels=levels)
+  linear = {
+    _case(levels): functools.partial(_linear_arms, settings, levels)
     for levels in settings.mean_levels
   }
-  source = functools.partial(_source_arms, settings, folder=folder)
-  cells = study_lib.cells(seeds, cases | {"source of k bits": source})
+  source = functools.partial(_source_arms, settings, folder)
 
   def bars(table):
     least, most = study_lib.Bar.least, study_lib.Bar.most
     out, ours = [], "half rate, power 0.5"
-    for levels in settings.mean_levels:
-      case = _case(levels)
+    for case in linear:
       gains = table.values(case, ours, "dB over uniform")
       out.append(least(f"{case}: dB over uniform, least seed", min(gains), 0.0))
       bound = table.mean(case, "exact (oracle)", "dB over uniform")
       share = float(np.mean(gains)) / max(bound, 1e-9)
       text = f"{case}: share of the exact gain, which bounds it"
       out.append(most(text, share, 1.0))
-    case = _case(settings.mean_levels[-1])
     rank = table.values(case, ours, "rank with objects")
     out.append(least(f"{case}: rank of rate with objects", min(rank), 0.6))
     known = functools.partial(table.values, "source of k bits", "mask told")
@@ -233,11 +216,9 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
     )
     return out
 
-  def picture(table):
-    cases = [_case(levels) for levels in settings.mean_levels]
-    return table.by_arm(cases, "dB over uniform", "dB over equal counts")
-
-  return study_lib.Study("InfoTok", cells, bars, picture)
+  cases = linear | {"source of k bits": source}
+  shown = list(linear), "dB over uniform", "dB over equal counts"
+  return study_lib.Study("InfoTok", cases, bars, shown)
 
 
 def _case(levels) -> str:

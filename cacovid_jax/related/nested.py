@@ -120,3 +120,25 @@ def error_of(curves, counts) -> float:
 def decibels(error: float, than: float) -> float:
   """Returns how many dB less an error is than another."""
   return float(10 * np.log10(than / error))
+
+
+def known_code(seed: int, num_known: int, num_asked: int):
+  """Returns (code, blocks that it is of, blocks asked about, their squares)."""
+  known, _ = squares(seed + 100, num_known)
+  asked, counts = squares(seed, num_asked)
+  known = blocks(known)
+  return LinearCode.fit(known), known, blocks(asked), np.repeat(counts, BLOCKS)
+
+
+def arms(curves, chosen, gain: str):
+  """Returns what counts {arm: int[G]} reach, `gain` that over the first's."""
+  chosen = {arm: np.asarray(counts) for arm, counts in chosen.items()}
+  plain, out = error_of(curves, next(iter(chosen.values()))), {}
+  for arm, counts in chosen.items():
+    error = error_of(curves, counts)
+    out[arm] = {
+      "tokens": float(counts.mean() * STEP),
+      "squared error": error,
+      gain: decibels(error, plain),
+    }
+  return out

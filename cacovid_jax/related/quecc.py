@@ -220,18 +220,14 @@ def grids(rng, batch: int, width: int):
   return x, asked, colour[jnp.arange(batch), asked]
 
 
-@functools.lru_cache(maxsize=16)
-def _loss_of(reader, batch):
-  def loss(params, data, rng, step):
-    x, asked, colour = grids(rng, batch, reader.width)
-    logits = reader.apply({"params": params}, x, asked)
-    told = jax.nn.log_softmax(logits)[jnp.arange(batch), colour]
-    return -told.mean()
-
-  return loss
+def _loss(reader, batch, params, data, rng, step):
+  x, asked, colour = grids(rng, batch, reader.width)
+  logits = reader.apply({"params": params}, x, asked)
+  told = jax.nn.log_softmax(logits)[jnp.arange(batch), colour]
+  return -told.mean()
 
 
-def _toy_arms(settings, seed, side, width, folder):
+def _toy_arms(settings, side, width, folder, seed):
   """Returns the accuracy of each compressor at S * S tokens of a width."""
   out = {}
   x, asked, colour = grids(jax.random.key(10**6 + seed), settings.test, width)
@@ -240,8 +236,8 @@ def _toy_arms(settings, seed, side, width, folder):
     start = reader.init(jax.random.key(seed), x[:1], asked[:1])["params"]
     at = folder and folder / f"{how}_{side}_{width}_{seed}"
     params = fitting.fit(
-      _loss_of(reader, settings.batch), start, (), jax.random.key(seed),
-      fitting.Schedule(**settings.fit), folder=at,
+      (_loss, reader, settings.batch), start, (), jax.random.key(seed),
+      settings.fit, folder=at,
     )  # fmt: skip
     logits = reader.apply({"params": params}, x, asked)
     right = jnp.argmax(logits, axis=-1) == colour
@@ -249,22 +245,16 @@ def _toy_arms(settings, seed, side, width, folder):
   return out
 
 
-def study(settings, seeds, clips, folder=None) -> study_lib.Study:
+def study(settings, clips, folder=None) -> study_lib.Study:
   """Returns the comparison with the blind variant and with average pooling."""
   del clips
-  run = functools.partial(_toy_arms, settings)
-  cells_of = [
-    study_lib.Cell(
-      _case(side, width),
-      seed,
-      functools.partial(run, seed, side, width, folder),
-    )
-    for seed in seeds
-    for side, width in settings.sizes
-  ]
+  cases = {
+    _case(*size): functools.partial(_toy_arms, settings, *size, folder)
+    for size in settings.sizes
+  }
 
   def bars(outcome):
-    case = _case(*settings.sizes[0])
+    case = next(iter(cases))
     known = functools.partial(outcome.values, case, measure="accuracy")
     out = [study_lib.Bar.least(f"{case}: QueCC", min(known("quecc")), 0.9)]
     return out + [
@@ -272,12 +262,8 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
       for arm in ("blind", "average")
     ]
 
-  def picture(outcome):
-    names = [_case(*size) for size in settings.sizes]
-    label = "accuracy (chance 0.125)"
-    return outcome.by_arm(names, "accuracy", label)
-
-  return study_lib.Study("QueCC", cells_of, bars, picture)
+  shown = list(cases), "accuracy", "accuracy (chance 0.125)"
+  return study_lib.Study("QueCC", cases, bars, shown)
 
 
 def _case(side, width) -> str:

@@ -34,13 +34,15 @@ class Mapped(nn.Module):
   """Averages of cells, plus what two layers make of them: nothing at first."""
 
   side: int
-  width: int = 128
+  width: int = 0  # 0 is the averages alone.
 
   @nn.compact
   def __call__(self, x, question):
     """Returns float32[T, S * S, D] of [T, H, W, D], whatever is asked."""
     del question
     x = quecc.mean_of_cells(x, self.side)
+    if not self.width:
+      return x
     h = nn.gelu(nn.Dense(self.width, name="hidden")(x))
     zeros = nn.initializers.zeros
     return x + nn.Dense(x.shape[-1], kernel_init=zeros, name="out")(h)
@@ -61,32 +63,23 @@ def compress(answers, module, params, features, ids, unused_letter):
   x = features.reshape(len(ids), *world.SMALL.grid, -1)
   one = functools.partial(module.apply, {"params": params})
   rows = jax.vmap(one)(x, answers.text(ids))
-  return _placed(rows.reshape(len(ids), -1, rows.shape[-1]), module.side)
-
-
-def average(side, unused_params, features, ids, unused_letter):
-  """Returns `compress`'s pair of plain means of cells."""
-  x = features.reshape(len(ids), *world.SMALL.grid, -1)
-  rows = jax.vmap(lambda x: quecc.mean_of_cells(x, side))(x)
-  return _placed(rows.reshape(len(ids), -1, rows.shape[-1]), side)
-
-
-def _placed(rows, side):
-  index, _ = quecc.places(world.SMALL.grid, side)
+  rows = rows.reshape(len(ids), -1, rows.shape[-1])
+  index, _ = quecc.places(world.SMALL.grid, module.side)
   return rows, jnp.broadcast_to(index, rows.shape[:2])
 
 
-@functools.lru_cache(maxsize=16)
-def _loss_of(answers, module, batch):
-  def loss(params, data, rng, step):
-    model, asked, heard = data
-    which = jax.random.randint(rng, [batch], 0, len(asked.ids))
-    features, ids, letter = asked.take(which)
-    made = compress(answers, module, params, features, ids, letter)
-    own = None if heard is None else heard[which]
-    return answers.loss(model, *made, ids, letter, own)
+def accuracy(answers, module, params):
+  """Returns the share of test questions answered right behind a module."""
+  return answers.accuracy(functools.partial(compress, answers, module), params)
 
-  return loss
+
+def _loss(answers, module, batch, params, data, rng, step):
+  model, asked, heard = data
+  which = jax.random.randint(rng, [batch], 0, len(asked.ids))
+  features, ids, letter = asked.take(which)
+  made = compress(answers, module, params, features, ids, letter)
+  own = None if heard is None else heard[which]
+  return answers.loss(model, *made, ids, letter, own)
 
 
 def train(answers, module, settings, seed, folder=None):
@@ -98,8 +91,8 @@ def train(answers, module, settings, seed, folder=None):
   heard = answers.heard() if settings.distil else None
   data = answers.params, answers.asked("train"), heard
   return fitting.fit(
-    _loss_of(answers, module, settings.batch), start, data,
-    jax.random.key(seed), fitting.Schedule(**settings.fit), folder=folder,
+    (_loss, answers, module, settings.batch), start, data,
+    jax.random.key(seed), settings.fit, folder=folder,
   )  # fmt: skip
 
 
@@ -107,7 +100,7 @@ def train(answers, module, settings, seed, folder=None):
 def _untrained(answers, side):
   """Returns the arms of S * S tokens a frame that no seed changes."""
   num_keep = world.SMALL.num_frames * side**2
-  out = {MEAN: answers.accuracy(functools.partial(average, side))}
+  out = {MEAN: accuracy(answers, Mapped(side), {})}
   for name, spec in _SELECTED.items():
     out[name] = answers.accuracy(answers.method(spec, num_keep))
   return out
@@ -121,8 +114,7 @@ def _arms(settings, answers, side, folder, seed):
     params = train(answers, module, settings, seed, at)
     if name in (QUECC, BLIND) and folder:
       quecc.save(at.with_suffix(".safetensors"), params)
-    given = functools.partial(compress, answers, module)
-    out[name] = answers.accuracy(given, own=params)
+    out[name] = accuracy(answers, module, params)
   tokens = world.SMALL.num_frames * side**2
   found = {
     name: {"tokens": float(tokens), "accuracy": value}
@@ -135,10 +127,10 @@ def _arms(settings, answers, side, folder, seed):
 @functools.cache
 def _whole(answers) -> float:
   # Of cells of one token.
-  return answers.accuracy(functools.partial(average, world.SMALL.side))
+  return accuracy(answers, Mapped(world.SMALL.side), {})
 
 
-def study(settings, seeds, clips, folder=None) -> study_lib.Study:
+def study(settings, clips, folder=None) -> study_lib.Study:
   """Returns the comparison at each number of tokens a frame.
 
   Raises:
@@ -146,7 +138,6 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
       that do not divide the width.
   """
   del clips
-  errors.check(settings.sizes, "config.quecc_llm.sizes: give at least one")
   errors.check(
     settings.width % settings.heads == 0,
     f"config.quecc_llm.width {settings.width}: give a multiple of"
@@ -154,15 +145,10 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
   )
   for _, side in settings.sizes:
     quecc.places(world.SMALL.grid, side)
-  variants = dict.fromkeys(variant for variant, _ in settings.sizes)
-  given = settings.count, settings.policy
-  known = {one: answers_lib.Answers(one, *given) for one in variants}
-  cases = {
-    _case(variant, side): functools.partial(
-      _arms, settings, known[variant], side, folder
-    )
-    for variant, side in settings.sizes
-  }
+  cases = answers_lib.cases(
+    "quecc_llm", settings, _arms, folder, lambda side: f"{side**2} a frame",
+    settings.policy,
+  )  # fmt: skip
 
   def bars(outcome):
     first, *_, last = [*cases] * 2
@@ -179,12 +165,6 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
       out.append(study_lib.Bar.most(told, least, 0.05))
     return out
 
-  def picture(outcome):
-    return outcome.by_arm(list(cases), "accuracy", "accuracy (chance 0.25)")
-
+  shown = list(cases), "accuracy", "accuracy (chance 0.25)"
   title = "QueCC in front of the base model"
-  return study_lib.Study(title, study_lib.cells(seeds, cases), bars, picture)
-
-
-def _case(variant, side) -> str:
-  return f"{variant}, {side**2} a frame"
+  return study_lib.Study(title, cases, bars, shown)

@@ -69,3 +69,10 @@ def contrast(logits) -> jax.Array:
   """Returns float32[], cross entropy of each row's own column, [n, n]."""
   own = jnp.diagonal(jax.nn.log_softmax(logits, axis=-1))
   return -own.mean()
+
+
+def drawn(rng, pairs, batch: int):
+  """Returns `batch` different ones of pairs, or all: a pytree's first axis."""
+  number = len(jax.tree.leaves(pairs)[0])
+  rows = jax.random.choice(rng, number, [min(batch, number)], replace=False)
+  return jax.tree.map(lambda x: x[rows], pairs)

@@ -1,10 +1,9 @@
-"""What a comparison of one system consists of: cells, a table, bars, a picture.
+"""What a comparison of one system consists of: cases, a table, bars, a picture.
 
-A cell is a case with a seed; it runs every arm on the same data. Figures are
-ours alone: what others published stands in the docs.
+A case with a seed runs every arm on the same data. Figures are ours alone: what
+others published stands in the docs.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,25 +14,6 @@ from cacovid_jax.evals.report import charts
 
 # Arm -> measure -> value.
 Arms = Mapping[str, Mapping[str, float]]
-
-
-class Cell(NamedTuple):
-  """One case of a study with one seed."""
-
-  case: str
-  seed: int
-  run: Callable[[], Arms]
-
-
-def cells(
-  seeds: Iterable[int], cases: Mapping[str, Callable[[int], Arms]]
-) -> list[Cell]:
-  """Returns the cells of each seed, of cases {name: f(seed) -> arms}."""
-  return [
-    Cell(case, seed, functools.partial(run, seed))
-    for seed in seeds
-    for case, run in cases.items()
-  ]
 
 
 class Bar(NamedTuple):
@@ -109,9 +89,13 @@ class Study(NamedTuple):
   """A system's comparison."""
 
   title: str
-  cells: Sequence[Cell]
+  cases: Mapping[str, Callable[[int], Arms]]  # Of a seed.
   bars: Callable[[Outcome], list[Bar]]
-  picture: Callable[[Outcome], str]  # The text of an SVG file.
+  shown: tuple[Sequence[str], str, str]  # Arguments of `Outcome.by_arm`.
+
+  def picture(self, outcome: Outcome) -> str:
+    """Returns the text of an SVG file."""
+    return outcome.by_arm(*self.shown)
 
 
 def _told(values) -> str:

@@ -9,14 +9,13 @@ Axes: n clips, N video tokens, K clusters, B questions, D width.
 """
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from cacovid_jax import compressors, errors
-from cacovid_jax.compressors import base
+from cacovid_jax import errors
 from cacovid_jax.related import answers as answers_lib
+from cacovid_jax.related import clips as clips_lib
 from cacovid_jax.related import fitting
 from cacovid_jax.related import study as study_lib
 from cacovid_jax.synthetic import world
@@ -36,29 +35,6 @@ _ARMS = {
 }
 
 
-class Rows(NamedTuple):
-  """What a method leaves of clips, questions unseen."""
-
-  rows: Any  # float32[n, K, D].
-  index: Any  # int32[n, K].
-
-
-@functools.partial(jax.jit, static_argnames=("spec", "num_keep"))
-def rows_of(rng, features, *, spec, num_keep) -> Rows:
-  """Returns the rows of clips float32[n, N, D] by a method's spec."""
-  method = compressors.get(spec)
-
-  def one(given):
-    x, number = given
-    inputs = base.CompressorInputs(
-      features=x, grid=world.SMALL.grid, rng=jax.random.fold_in(rng, number)
-    )
-    found = method.select(inputs, num_keep=num_keep)
-    return Rows(found.features, found.index)
-
-  return jax.lax.map(one, (features, jnp.arange(len(features))), batch_size=8)
-
-
 def mapped(params, rows):
   """Returns float32[..., D] of rows float32[..., D]; nothing changes at first.
 
@@ -69,18 +45,14 @@ def mapped(params, rows):
   return rows + rows @ params["kernel"] + params["bias"]
 
 
-@functools.lru_cache(maxsize=16)
-def _loss_of(answers, batch):
-  def loss(params, data, rng, step):
-    model, clips, asked = data
-    which = jax.random.randint(rng, [batch], 0, len(asked.ids))
-    own = jax.tree.map(lambda x: x[asked.clip[which]], clips)
-    return answers.loss(
-      params.get("model", model), mapped(params["map"], own.rows), own.index,
-      asked.ids[which], asked.letter[which],
-    )  # fmt: skip
-
-  return loss
+def _loss(answers, batch, params, data, rng, step):
+  model, clips, asked = data
+  which = jax.random.randint(rng, [batch], 0, len(asked.ids))
+  own = jax.tree.map(lambda x: x[asked.clip[which]], clips)
+  return answers.loss(
+    params.get("model", model), mapped(params["map"], own.rows), own.index,
+    asked.ids[which], asked.letter[which],
+  )  # fmt: skip
 
 
 def train(answers, clips, settings, seed, tuned, folder=None):
@@ -94,8 +66,8 @@ def train(answers, clips, settings, seed, tuned, folder=None):
     start["model"] = jax.tree.map(jnp.array, answers.params)
   asked = answers.asked("train")._replace(features=None)
   return fitting.fit(
-    _loss_of(answers, settings.batch), start, (answers.params, clips, asked),
-    jax.random.key(seed), fitting.Schedule(**settings.fit), folder=folder,
+    (_loss, answers, settings.batch), start, (answers.params, clips, asked),
+    jax.random.key(seed), settings.fit, folder=folder,
   )  # fmt: skip
 
 
@@ -106,10 +78,10 @@ def _arms(settings, answers, num_keep, folder, seed):
     given = dict(spec=spec, num_keep=num_keep)
     params = {"map": {}}
     if maps:
-      clips = rows_of(rng, answers.asked("train").features, **given)
+      clips = clips_lib.rows_of(rng, answers.asked("train").features, **given)
       at = folder and folder / f"{answers.variant}_{num_keep}_{place}_{seed}"
       params = train(answers, clips, settings, seed, tunes, at)
-    own = rows_of(jax.random.fold_in(rng, 1), test.features, **given)
+    own = clips_lib.rows_of(jax.random.fold_in(rng, 1), test.features, **given)
     right = answers.hits(
       lambda which, own=own, params=params: (
         mapped(params["map"], own.rows[test.clip[which]]),
@@ -121,31 +93,25 @@ def _arms(settings, answers, num_keep, folder, seed):
   return out
 
 
-def study(settings, seeds, clips, folder=None) -> study_lib.Study:
+def study(settings, clips, folder=None) -> study_lib.Study:
   """Returns the comparison of trained with frozen at numbers of clusters.
 
   Raises:
     UserError: no sizes, or a clip has fewer tokens than clusters.
   """
   del clips
-  errors.check(settings.sizes, "config.vqtoken.sizes: give at least one")
-  known = {}
-  for variant, num_keep in settings.sizes:
-    if num_keep >= world.SMALL.num_tokens:
-      raise errors.UserError(
-        f"vqtoken: {num_keep} clusters of {world.SMALL.num_tokens} tokens; give"
-        " fewer in config.vqtoken.sizes"
-      )
-    known.setdefault(variant, answers_lib.Answers(variant, settings.count))
-  cases = {
-    _case(variant, count): functools.partial(
-      _arms, settings, known[variant], count, folder
+  for _, num_keep in settings.sizes:
+    errors.check(
+      num_keep < world.SMALL.num_tokens,
+      f"vqtoken: {num_keep} clusters of {world.SMALL.num_tokens} tokens; give"
+      " fewer in config.vqtoken.sizes",
     )
-    for variant, count in settings.sizes
-  }
+  cases = answers_lib.cases(
+    "vqtoken", settings, _arms, folder, lambda count: f"{count} clusters"
+  )
 
   def bars(outcome):
-    case = _case(*settings.sizes[0])
+    case = next(iter(cases))
     gap = functools.partial(outcome.gap, case, measure="accuracy")
     least = study_lib.Bar.least
     return [
@@ -156,12 +122,5 @@ def study(settings, seeds, clips, folder=None) -> study_lib.Study:
       )
     ]  # fmt: skip
 
-  def picture(outcome):
-    return outcome.by_arm(list(cases), "accuracy", "accuracy (chance 0.25)")
-
-  title, own = "VQToken, trained", study_lib.cells(seeds, cases)
-  return study_lib.Study(title, own, bars, picture)
-
-
-def _case(variant, num_keep) -> str:
-  return f"{variant}, {num_keep} clusters"
+  shown = list(cases), "accuracy", "accuracy (chance 0.25)"
+  return study_lib.Study("VQToken, trained", cases, bars, shown)

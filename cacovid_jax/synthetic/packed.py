@@ -120,10 +120,17 @@ class PackedPrompts:
     rows = jnp.concatenate([head.ids, ids], axis=1)
     return embed(params, rows, features, head.video_rows)
 
-  def full_logits(self, params, video: TowerOutput, ids, which=None):
-    """Returns float32[B, Q, A, V] of whole videos; ids int32[B, Q, A].
+  def full_logits(self, *args, **kwargs):
+    """Returns float32[B, Q, A, V]; arguments are those of `full_hidden`."""
+    return self.model.logits(args[0], self.full_hidden(*args, **kwargs)[0])
 
-    A head is read once, and each question beside it: they see no other.
+  def full_hidden(
+    self, params, video: TowerOutput, ids, which=None, want_cache=False
+  ):
+    """Returns (hidden float[B, Q, A, D], out) of ids int32[B, Q, A].
+
+    About whole videos: a head is read once, and each question beside it; they
+    see no other. `out` is as of `model.forward`, of B Q prompts.
     """
     batch, num_questions, length = ids.shape
     head = self.chosen(which, batch)
@@ -139,13 +146,12 @@ class PackedPrompts:
 
     mask = self.question_mask(head, length)
     positions = _with_text(head, head.positions[..., :0], np.arange(length))
-    hidden, _ = self.model.forward(
+    hidden, out = self.model.forward(
       params, self.model.embed_text(params, ids.reshape(-1, length)),
       each(positions), mask=mask if len(mask) == 1 else each(mask),
-      causal=False, earlier=(out["keys"], out["values"]),
+      causal=False, earlier=(out["keys"], out["values"]), want_cache=want_cache,
     )  # fmt: skip
-    hidden = hidden.reshape(batch, num_questions, length, -1)
-    return self.model.logits(params, hidden)
+    return hidden.reshape(batch, num_questions, length, -1), out
 
   def pruned_logits(self, *args, **kwargs):
     """Returns float32[B, Q, A, V]; arguments are those of `pruned_hidden`."""

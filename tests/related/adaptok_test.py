@@ -132,8 +132,8 @@ def test_a_budget_below_one_token_a_block_is_one_line():
 
 def test_the_smallest_study_runs(tmp_path):
   config = related_systems.get_config("debug").adaptok
-  study = adaptok.study(config, (0,), None, tmp_path)
-  found = [(cell.case, cell.seed, cell.run()) for cell in study.cells]
+  study = adaptok.study(config, None, tmp_path)
+  found = [(case, 0, run(0)) for case, run in study.cases.items()]
   table = study_lib.Outcome(found)
   case = "linear, 16 tokens"
   oracle = table.mean(case, "exact (oracle)", "dB over fixed")

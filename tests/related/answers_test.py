@@ -10,6 +10,7 @@ import pytest
 from cacovid_jax import compressors, errors
 from cacovid_jax.compressors import base
 from cacovid_jax.related import answers as answers_lib
+from cacovid_jax.related import clips as clips_lib
 from cacovid_jax.related import quecc, quecc_llm, vqtoken
 from cacovid_jax.related import study as study_lib
 from cacovid_jax.synthetic import packed, world
@@ -93,6 +94,32 @@ def test_a_distillation_asks_for_what_the_whole_clip_gives(answers):
   assert loss(*given, far) - plain == pytest.approx(expected, rel=1e-2)
 
 
+class Fewer(answers_lib.Answers):
+  """All questions to train on but one of the first clip's."""
+
+  def asked(self, split):
+    asked = super().asked(split)
+    left = np.delete(np.arange(len(asked.ids)), 3)
+    return answers_lib.Asked(asked.features, *(x[left] for x in asked[1:]))
+
+
+def test_a_clip_is_heard_once_as_each_question_alone_hears_it(answers):
+  """By a loop over questions, each with a clip that is read for it."""
+  fewer = Fewer("dense", (2, 1))
+  asked, heard = fewer.asked("train"), fewer.heard()
+  assert len(heard) == len(answers.asked("train").ids) - 1
+
+  @jax.jit
+  def alone(params, features, ids, letter):
+    index = jnp.arange(784)[None]
+    given = params, features, index, ids, letter
+    return answers.read(*given, want_cache=True)[1][0]
+
+  for i in (*range(9), len(heard) - 1):
+    expected = alone(answers.params, *asked.take(np.array([i])))
+    np.testing.assert_allclose(heard[i], expected, rtol=2e-3, atol=2e-3)
+
+
 def test_variance_that_is_not_found_by_a_loop():
   rng = np.random.default_rng(0)
   found, told = rng.normal(size=(2, 3, 2, 5, 4))
@@ -154,7 +181,7 @@ def test_the_policy_reads_the_question(answers):
 def test_a_trained_map_starts_as_nothing_and_is_one_of_single_tokens(answers):
   """A map of means is the mean of mapped tokens, by a loop."""
   features = answers.asked("test").features
-  rows = vqtoken.rows_of(
+  rows = clips_lib.rows_of(
     jax.random.key(0), features, spec="vqtoken", num_keep=12
   )
   method = compressors.get("vqtoken")
@@ -183,8 +210,8 @@ def test_a_trained_map_starts_as_nothing_and_is_one_of_single_tokens(answers):
 def test_the_smallest_study_runs(module, arms, tmp_path):
   name = module.__name__.rpartition(".")[2]
   config = related_systems.get_config("debug")[name]
-  study = module.study(config, (0,), None, tmp_path)
-  found = [(cell.case, cell.seed, cell.run()) for cell in study.cells]
+  study = module.study(config, None, tmp_path)
+  found = [(case, 0, run(0)) for case, run in study.cases.items()]
   outcome = study_lib.Outcome(found)
   assert len(outcome.rows) == arms
   for case, arm in outcome.rows:
@@ -198,18 +225,18 @@ def test_sizes_of_no_sense_are_one_line():
   with pytest.raises(
     errors.UserError, match="784 clusters of 784 tokens; give"
   ):
-    vqtoken.study(config.vqtoken, (0,), None)
+    vqtoken.study(config.vqtoken, None)
   config.quecc_llm.sizes = (("dense", 5),)
   with pytest.raises(errors.UserError, match="5 x 5 cells do not fit"):
-    quecc_llm.study(config.quecc_llm, (0,), None)
+    quecc_llm.study(config.quecc_llm, None)
   for own, module in ((config.vqtoken, vqtoken), (config.quecc_llm, quecc_llm)):
     own.sizes = ()
     with pytest.raises(errors.UserError, match="sizes: give at least one"):
-      module.study(own, (0,), None)
+      module.study(own, None)
   config.quecc_llm.update(sizes=(("dense", 1),), heads=3)
   with pytest.raises(errors.UserError, match="width 16: give a multiple of he"):
-    quecc_llm.study(config.quecc_llm, (0,), None)
+    quecc_llm.study(config.quecc_llm, None)
   config.quecc_llm.update(heads=2, policy="nowhere")
-  study = quecc_llm.study(config.quecc_llm, (0,), None)
+  study = quecc_llm.study(config.quecc_llm, None)
   with pytest.raises(errors.UserError, match="nowhere"):
-    study.cells[0].run()
+    next(iter(study.cases.values()))(0)

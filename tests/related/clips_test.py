@@ -41,9 +41,9 @@ def test_the_smallest_study_of_clips_runs(clips, module):
   config = related_systems.get_config("debug")[
     name
   ].copy_and_resolve_references()
-  study = module.study(config, (0,), clips)
-  (cell,) = [one for one in study.cells if one.case == "embedded clips"]
-  outcome = study_lib.Outcome([(cell.case, 0, cell.run())])
+  study = module.study(config, clips)
+  arms_of = study.cases["embedded clips"]
+  outcome = study_lib.Outcome([("embedded clips", 0, arms_of(0))])
   for case, arm in outcome.rows:
     assert 0 <= outcome.mean(case, arm, "t2v R@1") <= 1
 

@@ -112,9 +112,9 @@ def test_finer_codes_lose_less():
   assert errors_of == sorted(errors_of, reverse=True)
 
 
-def recipe(embed, **changes):
+def recipe(module, **changes):
   settings = fitting.Schedule(steps=120, lr=3e-3, chunk=30)
-  return hcq.Recipe(embed, 4, 4, settings, 64)._replace(**changes)
+  return hcq.Recipe(module, 4, 4, settings, 64)._replace(**changes)
 
 
 def test_training_makes_codes_that_keep_more_than_codes_fitted_afterwards():
@@ -127,7 +127,7 @@ def test_training_makes_codes_that_keep_more_than_codes_fitted_afterwards():
   start = module.init(jax.random.key(0), *test)["params"]
   found = {}
   for coded in (False, True):
-    own = recipe(hcq._embedder(module), coded=coded)
+    own = recipe(module, coded=coded)
     params = hcq.train(own, start, train, jax.random.key(1))
     queries, items = module.apply({"params": params["model"]}, *test)
     index = hcq.Index.of(items, params["codebooks"])
@@ -140,7 +140,7 @@ def test_a_resumed_training_is_the_same(tmp_path):
   module = hcq.Pairs(8)
   start = module.init(jax.random.key(0), *train)["params"]
   short = fitting.Schedule(steps=2, lr=1e-3, chunk=1)
-  own = recipe(hcq._embedder(module), settings=short, num_parts=2, batch=32)
+  own = recipe(module, settings=short, num_parts=2, batch=32)
   whole = hcq.train(own, start, train, jax.random.key(2))
   for _ in range(2):  # The second time from the checkpoint alone.
     again = hcq.train(own, start, train, jax.random.key(2), folder=tmp_path)
@@ -151,7 +151,7 @@ def test_fewer_clips_than_codewords_are_one_line():
   module = hcq.Pairs(8)
   train = hcq.planted(0, 1)
   start = module.init(jax.random.key(0), *train)["params"]
-  own = recipe(hcq._embedder(module))
+  own = recipe(module)
   with pytest.raises(errors.UserError, match="4 codewords .* 2 clips"):
     hcq.train(own, start, train, jax.random.key(0))
 
@@ -162,4 +162,4 @@ def test_a_loss_that_is_no_number_stops_the_run():
 
   settings = fitting.Schedule(steps=2, lr=0.5, chunk=2)
   with pytest.raises(errors.UserError, match="loss is nan at step 2.*0.5"):
-    fitting.fit(loss, {"w": jnp.ones(())}, (), jax.random.key(0), settings)
+    fitting.fit((loss,), {"w": jnp.ones(())}, (), jax.random.key(0), settings)

@@ -61,7 +61,7 @@ def test_a_tokenizer_gives_more_to_clips_that_tell_more():
   rng = jax.random.key(0)
   start = net.init(rng, train[:1], jnp.ones((1, 8), bool))["params"]
   params = fitting.fit(
-    infotok._loss_of(net, 64), start, jnp.asarray(train), rng,
+    (infotok._loss, net, 64), start, jnp.asarray(train), rng,
     fitting.Schedule(steps=400, lr=5e-3, chunk=400),
   )  # fmt: skip
   curves = np.asarray(infotok.errors_by_count(net, params, jnp.asarray(test)))
@@ -83,8 +83,8 @@ def test_a_masked_token_is_not_read():
 
 def test_the_smallest_study_runs():
   config = related_systems.get_config("debug").infotok
-  study = infotok.study(config, (0,), None)
-  found = [(cell.case, cell.seed, cell.run()) for cell in study.cells]
+  study = infotok.study(config, None)
+  found = [(case, 0, run(0)) for case, run in study.cases.items()]
   table = study_lib.Outcome(found)
   case = "16 tokens"
   tokens = [

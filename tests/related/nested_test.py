@@ -41,3 +41,19 @@ def test_clips_hold_more_with_more_squares():
 def test_too_few_clips_for_the_code_are_one_line():
   with pytest.raises(errors.UserError, match="32 blocks .* more than 16 clips"):
     nested.LinearCode.fit(nested.blocks(nested.squares(0, 8)[0]))
+
+
+def test_arms_are_told_against_the_first_by_hand():
+  curves = np.array([[9.0, 4.0, 1.0], [9.0, 6.0, 0.0]])
+  found = nested.arms(curves, {"even": [1, 1], "all": [2, 2]}, "gain")
+  assert found["even"] == {"tokens": 4.0, "squared error": 5.0, "gain": 0.0}
+  assert found["all"]["squared error"] == 0.5
+  assert found["all"]["gain"] == pytest.approx(10)
+
+
+def test_a_known_code_is_asked_about_other_clips():
+  code, known, asked, counts = nested.known_code(3, 20, 5)
+  assert (len(known), len(asked), len(counts)) == (80, 20, 20)
+  np.testing.assert_array_equal(counts[::4], nested.squares(3, 5)[1])
+  np.testing.assert_array_equal(code.mean, known.mean(axis=0))
+  assert not (known[:20] == asked).all(axis=1).any()

@@ -181,8 +181,8 @@ def test_the_toy_asks_for_a_colour_that_is_there():
 
 def test_the_smallest_study_runs():
   config = related_systems.get_config("debug").quecc
-  study = quecc.study(config, (0,), None)
-  found = [(cell.case, cell.seed, cell.run()) for cell in study.cells]
+  study = quecc.study(config, None)
+  found = [(case, 0, run(0)) for case, run in study.cases.items()]
   outcome = study_lib.Outcome(found)
   assert [arm for _, arm in outcome.rows] == ["quecc", "blind", "average"]
   assert len(study.bars(outcome)) == 3

@@ -1,5 +1,6 @@
 """Ranks, recall and gains, by hand and against SciPy."""
 
+import jax
 import numpy as np
 import pytest
 from scipy import special
@@ -40,3 +41,11 @@ def test_the_gain_is_paired():
   gain = retrieval.gain(better, scores)
   assert gain.low > 0 and gain.low <= gain.mean <= gain.high
   assert retrieval.gain(scores, scores) == (0, 0, 0)
+
+
+def test_pairs_are_drawn_once_each_and_stay_pairs():
+  pairs = np.arange(6), {"x": 10 * np.arange(6)}
+  for batch, expected in ((4, 4), (9, 6)):
+    a, b = retrieval.drawn(jax.random.key(0), pairs, batch)
+    assert len(set(a.tolist())) == len(a) == expected
+    np.testing.assert_array_equal(b["x"], 10 * a)
