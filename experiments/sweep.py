@@ -111,8 +111,7 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
     errors.check(
       key not in grid, f"--grid names {key} twice; give it all its values"
     )
-    if key == "seed":
-      raise errors.UserError("--grid=seed: seeds are --seeds=0,1,2")
+    errors.check(key != "seed", "--grid=seed: seeds are --seeds=0,1,2")
     grid[key] = values
   return grid
 
