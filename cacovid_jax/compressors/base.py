@@ -392,6 +392,5 @@ def check_finite(features, name: str = "video features") -> None:
   # Also of a constant that a program is being traced around.
   with jax.ensure_compile_time_eval():
     finite = bool(jnp.isfinite(features).all())
-  errors.check(
-    finite, f"{name} hold NaN or infinity; check the checkpoint and its dtype"
-  )
+  told = f"{name} hold NaN or infinity; check the checkpoint and its dtype"
+  errors.check(finite, told)

@@ -63,9 +63,8 @@ def check(folder):
 
   None at all, or one that cannot be read as its kind, is a UserError.
   """
-  errors.check(
-    os.path.isdir(folder), f"{folder} is not a folder; name one of golden files"
-  )
+  told = f"{folder} is not a folder; name one of golden files"
+  errors.check(os.path.isdir(folder), told)
   found = []
   for name in sorted(os.listdir(folder)):
     kind = next((kind for kind in _KINDS if name.startswith(kind)), None)

@@ -244,7 +244,6 @@ def _in_range(config: RatioConfig) -> RatioConfig:
     raise errors.UserError(f"{told}: give (low, high), low at most high")
   low, high = config.range
   inside = tuple(ratio for ratio in config.rungs if low <= ratio <= high)
-  errors.check(
-    inside, f"{told} holds none of ratio.rungs={config.rungs}; give rungs in it"
-  )
+  told = f"{told} holds none of ratio.rungs={config.rungs}; give rungs in it"
+  errors.check(inside, told)
   return dataclasses.replace(config, rungs=inside)
