@@ -80,8 +80,7 @@ def doctor(workdir: pathlib.Path) -> int:
   nested = workdir / "checkpoints"
   directory = nested if nested.is_dir() else workdir
   verdicts = checkpointing.doctor(directory)
-  if not verdicts:
-    raise errors.UserError(f"no checkpoints in {directory}")
+  errors.check(verdicts, f"no checkpoints in {directory}")
   columns = ("step", "entry", "verdict", "MB", "config")
   table = rich.table.Table(*columns, title=str(directory))
   for verdict in verdicts:

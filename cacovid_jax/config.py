@@ -103,10 +103,8 @@ def override(config, text):
   to what there is.
   """
   key, equals, value = text.partition("=")
-  if not equals or not key:
-    raise errors.UserError(
-      f"config override {text!r} has no value: write key.subkey=value"
-    )
+  told = f"config override {text!r} has no value: write key.subkey=value"
+  errors.check(equals and key, told)
   section, _, name = key.partition(".")
   spec, known = extensions.own(config, section), extensions.SECTIONS
   if spec and name and name not in known[section]:

@@ -52,10 +52,8 @@ def run(path: pathlib.Path, arg: str | None) -> ml_collections.ConfigDict:
   if not hasattr(module, "get_config"):
     raise errors.UserError(f"config {path.name} defines no get_config(arg)")
   config = module.get_config(arg)
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise errors.UserError(
-      f"get_config of {path.name} must return an ml_collections.ConfigDict"
-    )
+  told = f"get_config of {path.name} must return an ml_collections.ConfigDict"
+  errors.check(isinstance(config, ml_collections.ConfigDict), told)
   return config
 
 

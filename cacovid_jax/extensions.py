@@ -35,10 +35,8 @@ KEYS = {f"{name}.{keys[0]}" for name, keys in SECTIONS.items()}
 def load(spec: str, key: str) -> tuple[Any, str]:
   """Returns what a key names, and the sha256 of its file ("" without one)."""
   source, _, name = spec.rpartition(":") if isinstance(spec, str) else [""] * 3
-  if not source or not name:
-    raise errors.UserError(
-      f"{key} {spec!r} must read path/to/file.py:name or package.module:name"
-    )
+  told = f"{key} {spec!r} must read path/to/file.py:name or package.module:name"
+  errors.check(source and name, told)
   is_file = source.endswith(".py")
   if is_file and not os.path.isfile(source):
     raise errors.UserError(f"{key} {spec!r}: there is no file {source}")
@@ -54,8 +52,7 @@ def load(spec: str, key: str) -> tuple[Any, str]:
       f"{key} {spec!r}: importing {source} failed with"
       f" {type(error).__name__}: {errors.one_line(error)}"
     ) from error
-  if not hasattr(module, name):
-    raise errors.UserError(f"{key} {spec!r}: {source} has no {name}")
+  errors.check(hasattr(module, name), f"{key} {spec!r}: {source} has no {name}")
   return getattr(module, name), digest
 
 

@@ -42,8 +42,7 @@ def main(args):
   """Builds what the command line describes."""
   config = args.config
   out = args.out or (config.data.root and os.path.dirname(config.data.root))
-  if not out:
-    raise errors.UserError("give --out, the folder to build in")
+  errors.check(out, "give --out, the folder to build in")
   names = config.prepare.variants or config.prepare.tiny_models
   errors.check(names, "nothing to build: add --variants or --tiny_models")
   for family in config.prepare.tiny_models:

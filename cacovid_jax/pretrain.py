@@ -19,8 +19,7 @@ COMMAND = command.Command(
 
 def main(args):
   """Runs the pretraining that the command line describes."""
-  if not args.workdir:
-    raise errors.UserError("give --workdir, the folder of the run")
+  errors.check(args.workdir, "give --workdir, the folder of the run")
   pretraining.pretrain(args.config, args.workdir)
 
 

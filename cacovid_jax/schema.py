@@ -81,9 +81,8 @@ def read(
 def _size(path, mend):
   """Returns the bytes of a file; a pipe is waited for, a device never ends."""
   status = os.stat(path)
-  if not stat.S_ISREG(status.st_mode):
-    told = _joined(f"{path}: not readable (it is no file)", mend)
-    raise errors.UserError(told)
+  told = _joined(f"{path}: not readable (it is no file)", mend)
+  errors.check(stat.S_ISREG(status.st_mode), told)
   return status.st_size
 
 

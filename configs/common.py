@@ -22,10 +22,8 @@ def parse_arg(arg, **defaults):
       raise errors.UserError(
         f"unknown config argument {name!r} in {arg!r}; nearest: {names}"
       )
-    if not equals and not isinstance(defaults[name], bool):
-      raise errors.UserError(
-        f"config argument {name!r} in {arg!r} needs a value: {name}=VALUE"
-      )
+    told = f"config argument {name!r} in {arg!r} needs a value: {name}=VALUE"
+    errors.check(equals or isinstance(defaults[name], bool), told)
     fields[name] = config_values.parse(
       text if equals else "true", defaults[name], name=name
     )

@@ -146,9 +146,8 @@ def main(args):
     if labels.count(method.label) > 1:
       raise errors.UserError(f"--methods lists {method.label} twice")
   name, repeats = table.size, table.repeats
-  errors.check(
-    name in SIZES, f"config.table.size={name}: use {' or '.join(SIZES)}"
-  )
+  told = f"config.table.size={name}: use {' or '.join(SIZES)}"
+  errors.check(name in SIZES, told)
   errors.check(
     {*args.stages} <= {*stages.STAGES},
     f"--stages={','.join(args.stages)}: choose of {', '.join(stages.STAGES)}",

@@ -95,10 +95,8 @@ def checkpoint(config, dtype, directory, float8=False):
   """
   directory = pathlib.Path(directory)
   if (directory / "config.json").exists():
-    errors.check(
-      checkpoints.load_config(directory) == config,
-      f"{directory} holds another model; give another --weights",
-    )
+    told = f"{directory} holds another model; give another --weights"
+    errors.check(checkpoints.load_config(directory) == config, told)
   elif directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
     raise errors.UserError(
       f"{directory} holds something else than weights; give an empty or a new"

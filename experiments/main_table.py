@@ -221,21 +221,17 @@ def _folders(root, table, published) -> dict[str, str]:
   known = ", ".join(paper.BENCHMARKS)
   for name in names:
     benchmarks.task(name)
-    if names.count(name) > 1:
-      raise errors.UserError(f"--benchmarks names {name} twice")
+    errors.check(names.count(name) <= 1, f"--benchmarks names {name} twice")
     if name not in paper.BENCHMARKS:
       raise errors.UserError(
         f"{name} is no column of the paper's table; evaluate it with `python -m"
         f" cacovid_jax.evaluate --benchmark={name}`"
       )
-  if not names:
-    raise errors.UserError(f"--benchmarks is empty; there are {known}")
+  errors.check(names, f"--benchmarks is empty; there are {known}")
   for entry in map(str, table.folders):
     name, equals, folder = entry.partition("=")
-    if not equals or name not in paper.BENCHMARKS:
-      raise errors.UserError(
-        f"--folders={entry}: give BENCHMARK=DIR, with one of {known}"
-      )
+    told = f"--folders={entry}: give BENCHMARK=DIR, with one of {known}"
+    errors.check(equals and name in paper.BENCHMARKS, told)
     if not folder:
       raise errors.UserError(
         f"--folders={entry} names no folder: give {name}=DIR, or leave it out"

@@ -108,11 +108,9 @@ def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
     values = [value.strip() for value in values]
     if not equals or not key or "" in values:
       raise errors.UserError(f"--grid={text}: write KEY=VALUE,VALUE")
-    errors.check(
-      key not in grid, f"--grid names {key} twice; give it all its values"
-    )
-    if key == "seed":
-      raise errors.UserError("--grid=seed: seeds are --seeds=0,1,2")
+    told = f"--grid names {key} twice; give it all its values"
+    errors.check(key not in grid, told)
+    errors.check(key != "seed", "--grid=seed: seeds are --seeds=0,1,2")
     grid[key] = values
   return grid
 

@@ -179,10 +179,8 @@ class Compressor:
       cls.__annotations__ = inspect.get_annotations(cls) | {"name": str}
 
   def __post_init__(self):
-    if self.weights and not os.path.isfile(self.weights):
-      raise errors.UserError(
-        f"{self.name}: weights={self.weights!r}: there is no such file"
-      )
+    told = f"{self.name}: weights={self.weights!r}: there is no such file"
+    errors.check(not self.weights or os.path.isfile(self.weights), told)
     digest = files.sha256(self.weights) if self.weights else ""
     object.__setattr__(self, "weights_sha256", digest)
     for field in dataclasses.fields(self):
@@ -394,7 +392,5 @@ def check_finite(features, name: str = "video features") -> None:
   # Also of a constant that a program is being traced around.
   with jax.ensure_compile_time_eval():
     finite = bool(jnp.isfinite(features).all())
-  if not finite:
-    raise errors.UserError(
-      f"{name} hold NaN or infinity; check the checkpoint and its dtype"
-    )
+  told = f"{name} hold NaN or infinity; check the checkpoint and its dtype"
+  errors.check(finite, told)

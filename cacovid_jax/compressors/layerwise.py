@@ -196,10 +196,8 @@ class TwoStages(LayerwiseCompressor):
 
   def __post_init__(self):
     super().__post_init__()
-    if not isinstance(self.llm_stage, bool):
-      raise errors.UserError(
-        f"{self.name}: llm_stage={self.llm_stage!r}; give True or False"
-      )
+    told = f"{self.name}: llm_stage={self.llm_stage!r}; give True or False"
+    errors.check(isinstance(self.llm_stage, bool), told)
     own = {n: getattr(type(self), n) for n in ("llm_keep", "llm_layer")}
     pre_llm = None
     if self.llm_stage:

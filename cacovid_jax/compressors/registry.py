@@ -149,10 +149,8 @@ def get(spec: str, exact_budget: bool = True, **options):
   name, parsed = parse(spec)
   options = {**parsed, **options}
   for exact in (exact_budget, options.get("exact_budget", True)):
-    if not isinstance(exact, bool):
-      raise errors.UserError(
-        f"method {name!r}: exact_budget is {exact!r}; give True or False"
-      )
+    told = f"method {name!r}: exact_budget is {exact!r}; give True or False"
+    errors.check(isinstance(exact, bool), told)
   exact_budget = options.pop("exact_budget", True) and exact_budget
   method = _load(name) if ":" in name else _known(name)
   known = method.known_options
@@ -164,10 +162,8 @@ def get(spec: str, exact_budget: bool = True, **options):
       )
   if options or not exact_budget:
     method = method.with_options(exact_budget=exact_budget, **options)
-  if method.trained and not method.weights:
-    raise errors.UserError(
-      f"method {name!r} is trained: give its parameters, as weights=FILE"
-    )
+  told = f"method {name!r} is trained: give its parameters, as weights=FILE"
+  errors.check(not method.trained or method.weights, told)
   return method
 
 
@@ -194,10 +190,8 @@ def _load(spec: str) -> base.Compressor:
   if isinstance(found, base.Compressor):
     name = found.name or attribute
     return dataclasses.replace(found, name=name, source=digest)
-  if not callable(found):
-    raise errors.UserError(
-      f"method {spec!r}: {attribute} is neither a Compressor nor a function"
-    )
+  told = f"method {spec!r}: {attribute} is neither a Compressor nor a function"
+  errors.check(callable(found), told)
   if missing := {"grid", "num_keep"} - set(_parameters(found)):
     raise errors.UserError(
       f"method {spec!r}: {attribute} does not take {', '.join(sorted(missing))}"

@@ -187,10 +187,8 @@ EXTRACTORS: dict[str, Callable[..., str]] = dict(
 
 def check_rule(rule: str) -> None:
   """Refuses what is not one of `EXTRACTORS`."""
-  if rule not in EXTRACTORS:
-    raise errors.UserError(
-      f"unknown extraction rule {rule!r}; use {' or '.join(EXTRACTORS)}"
-    )
+  told = f"unknown extraction rule {rule!r}; use {' or '.join(EXTRACTORS)}"
+  errors.check(rule in EXTRACTORS, told)
 
 
 def extract(

@@ -137,8 +137,7 @@ def prepare(
     on_row: called with the number of rows written so far.
   """
   for split, rows in splits.items():
-    if not len(rows):
-      raise errors.UserError(f"split {split!r} has no rows; leave it out")
+    errors.check(len(rows), f"split {split!r} has no rows; leave it out")
   if embed and media_root is None:
     raise errors.UserError("clips can be embedded only with a media_root")
   embedded, written = media_root if embed else None, itertools.count(1)

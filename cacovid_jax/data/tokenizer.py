@@ -141,9 +141,8 @@ class Tokenizer:
     is the tokenizer's and gets plain texts, as in the paper's evaluation (it
     adds the default system turn).
     """
-    if template not in ("processor", "tokenizer"):
-      fault = f"template={template!r}: give 'processor' or 'tokenizer'"
-      raise errors.UserError(fault)
+    told = f"template={template!r}: give 'processor' or 'tokenizer'"
+    errors.check(template in ("processor", "tokenizer"), told)
     directory = os.fspath(directory)
     path = os.path.join(directory, "tokenizer.json")
     if not os.path.isfile(path):

@@ -56,10 +56,8 @@ class FrameManifest:
     self._own, self._given = _File(path, num_frames), _File(given, num_frames)
     self._has_given = bool(given)
     if given:
-      if not os.path.isfile(given):
-        raise errors.UserError(
-          f"there is no frame manifest {given}; give the {FILE} of a run"
-        )
+      told = f"there is no frame manifest {given}; give the {FILE} of a run"
+      errors.check(os.path.isfile(given), told)
       self._given.read()
     if os.path.isfile(path):
       files.shared(self._own.path, self._own.update)

@@ -200,8 +200,7 @@ def ratio_key(ratio: float) -> str:
 def check_ratios(ratios: Iterable[float]) -> tuple[float, ...]:
   """Returns the ratios; refuses two that tables could not tell apart."""
   ratios = tuple(map(base.check_ratio, ratios))
-  if not ratios:
-    raise errors.UserError("no retention ratio given; for example 0.25,0.1")
+  errors.check(ratios, "no retention ratio given; for example 0.25,0.1")
   for key, count in collections.Counter(map(ratio_key, ratios)).items():
     if count > 1 or key == "0.00":
       raise errors.UserError(

@@ -314,10 +314,8 @@ def as_question(
   """
   if not (text := text.strip()):
     raise errors.UserError("the question is empty; give its text by --question")
-  if style not in STYLES:
-    raise errors.UserError(
-      f"prompt style {style!r}: give {' or '.join(map(repr, STYLES))}"
-    )
+  told = f"prompt style {style!r}: give {' or '.join(map(repr, STYLES))}"
+  errors.check(style in STYLES, told)
   options = tuple(option.strip() for option in options)
   if options and (len(options) < 2 or not all(options)):
     raise errors.UserError(

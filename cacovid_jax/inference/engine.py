@@ -52,10 +52,8 @@ class Settings:
 
   def __post_init__(self):
     for field in ("num_frames", "batch_size", "max_new_tokens"):
-      if getattr(self, field) < 1:
-        raise errors.UserError(
-          f"evals.{field}={getattr(self, field)} must be at least 1"
-        )
+      told = f"evals.{field}={getattr(self, field)} must be at least 1"
+      errors.check(getattr(self, field) >= 1, told)
     frames = {"empty_frames": self.empty_frames}
     config_limits.check({"rouge": self.rouge, "evals": frames})
     letters.check_rule(self.rule)

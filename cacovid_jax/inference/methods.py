@@ -53,9 +53,8 @@ class Method:
 
   def follows(self, policies: Collection[str]) -> str:
     """Returns which of the policies' names it follows; one must be there."""
-    if not policies:
-      told = f"{self.label} needs a trained policy; give --policy"
-      raise errors.UserError(told)
+    told = f"{self.label} needs a trained policy; give --policy"
+    errors.check(policies, told)
     name = self.policy or next(iter(policies))
     errors.check_known("policy", name, policies)
     return name

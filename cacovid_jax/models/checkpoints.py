@@ -381,8 +381,7 @@ def _ending(directory):
     eos = eos if found.eos_token_id is None else found.eos_token_id
     pad = pad if found.pad_token_id is None else found.pad_token_id
   eos = (eos,) if isinstance(eos, int) else tuple(eos)
-  if not eos:
-    raise errors.UserError(f"{path} lacks eos_token_id; add it")
+  errors.check(eos, f"{path} lacks eos_token_id; add it")
   return eos, eos[0] if pad is None else pad
 
 

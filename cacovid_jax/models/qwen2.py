@@ -93,10 +93,8 @@ class Qwen2Config:
     )
     usual = sizes["hidden_size"] // num_heads
     head_dim = hf_config.number(config, "head_dim", int, usual, where)
-    hf_config.check(
-      head_dim >= 2 and head_dim % 2 == 0,
-      f"{where}head_dim is {head_dim}; positions turn pairs of values",
-    )
+    told = f"{where}head_dim is {head_dim}; positions turn pairs of values"
+    hf_config.check(head_dim >= 2 and head_dim % 2 == 0, told)
     sections = None
     if num_sections is not None:
       sections = rotary.get("mrope_section")

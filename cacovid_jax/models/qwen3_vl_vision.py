@@ -75,10 +75,8 @@ class VisionConfig(qwen2_5_vl_vision.PatchConfig):
     )
     found = cls._read(config, _FIXED, deep_layers=tuple(deep_layers))
     count = found.num_positions
-    hf_config.check(
-      found.table_side**2 == count,
-      f"vision_config.num_position_embeddings {count} is no square",
-    )
+    told = f"vision_config.num_position_embeddings {count} is no square"
+    hf_config.check(found.table_side**2 == count, told)
     return found
 
   def to_hf(self):

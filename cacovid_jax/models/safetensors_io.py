@@ -97,8 +97,7 @@ def weight_files(directory):
   """Returns the sorted paths of a directory's safetensors files."""
   index, paths = os.path.join(directory, INDEX), []
   names = indexed(directory) if os.path.exists(index) else {WEIGHTS}
-  if not names:
-    raise errors.UserError(f"{index} has no weight_map; download it again")
+  errors.check(names, f"{index} has no weight_map; download it again")
   for name in sorted(names):
     path = os.path.join(directory, name)
     # An index names files of its own directory, nothing else.

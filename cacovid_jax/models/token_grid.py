@@ -145,9 +145,8 @@ def _size(bucket):
 def check(grid):
   """Returns grid as three ints; raises UserError if a side is empty."""
   grid = tuple(map(int, grid))
-  if len(grid) != 3 or min(grid) < 1:
-    told = f"grid {grid}: give (T, H, W), every side at least 1"
-    raise errors.UserError(told)
+  told = f"grid {grid}: give (T, H, W), every side at least 1"
+  errors.check(len(grid) == 3 and min(grid) >= 1, told)
   return grid
 
 

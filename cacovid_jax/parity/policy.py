@@ -63,10 +63,8 @@ def check(folder):
 
   None at all, or one that cannot be read as its kind, is a UserError.
   """
-  if not os.path.isdir(folder):
-    raise errors.UserError(
-      f"{folder} is not a folder; name one of golden files"
-    )
+  told = f"{folder} is not a folder; name one of golden files"
+  errors.check(os.path.isdir(folder), told)
   found = []
   for name in sorted(os.listdir(folder)):
     kind = next((kind for kind in _KINDS if name.startswith(kind)), None)
@@ -101,10 +99,8 @@ class _Case:
   def array(self, name, *shape):
     """Returns an array; sizes given as None are free."""
     name += self.suffix
-    if name not in self.arrays:
-      raise errors.UserError(
-        f"{self.path} has no array {name}; make the golden file again"
-      )
+    told = f"{self.path} has no array {name}; make the golden file again"
+    errors.check(name in self.arrays, told)
     array = self.arrays[name]
     fits = len(shape) == array.ndim and all(
       want in (None, size)
@@ -135,8 +131,7 @@ def _cases(path, whole):
   """Returns the cases of a file, or the `whole` file as one."""
   arrays = stage.read(path)
   entry, kind = ("config", dict) if whole else ("meta", list[dict])
-  if entry not in arrays:
-    raise errors.UserError(f"{path} has no entry {entry}")
+  errors.check(entry in arrays, f"{path} has no entry {entry}")
   found = schema.parse(str(arrays[entry]), kind, f"{path}: {entry}")
   stem = os.path.basename(path).removesuffix(".npz")
   case = functools.partial(_Case, path, arrays, entry)

@@ -321,10 +321,8 @@ def _filter(config, stem: str) -> None:
 
 def _stem(out: str, train) -> str:
   """Returns --out without its ending; it must not be an input."""
-  if os.path.abspath(out) in map(os.path.abspath, train):
-    raise errors.UserError(
-      f"--out={out} is one of the files of --train; give another name"
-    )
+  told = f"--out={out} is one of the files of --train; give another name"
+  errors.check(os.path.abspath(out) not in map(os.path.abspath, train), told)
   folder = os.path.dirname(out) or "."
   if not os.path.isdir(folder):
     raise errors.UserError(f"--out={out}: no folder {folder}; make it first")

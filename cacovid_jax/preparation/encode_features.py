@@ -196,9 +196,8 @@ def main(args):
   """Encodes the clips that the command line names."""
   shard, config = shards.Shard.parse(args.shard), args.config
   COMMAND.require(args, "feature_cache")
-  if args.questions not in ("training", "evaluation"):
-    told = f"--questions={args.questions}: use training or evaluation"
-    raise errors.UserError(told)
+  told = f"--questions={args.questions}: use training or evaluation"
+  errors.check(args.questions in ("training", "evaluation"), told)
   # Other configs may fill the same cache at the same time.
   work = f"encode-{args.questions}-{config_lib.config_hash(config)}"
   role, hint = shard.file(work), "or share the work with --shard"

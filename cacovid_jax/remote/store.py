@@ -62,10 +62,8 @@ class Store:
   """
 
   def __init__(self, url: str):
-    if not url.startswith(SCHEME) or not url[len(SCHEME) :].strip("/"):
-      raise errors.UserError(
-        f"{url}: stores are {SCHEME}BUCKET/FOLDER; of another one, {COPY}"
-      )
+    told = f"{url}: stores are {SCHEME}BUCKET/FOLDER; of another one, {COPY}"
+    errors.check(url.startswith(SCHEME) and url[len(SCHEME) :].strip("/"), told)
     self.url = url.rstrip("/")
     self._root = self.url.removeprefix(SCHEME)
     # It logs with tracebacks what it raises as well.

@@ -225,10 +225,8 @@ def _checked(config: RatioConfig) -> RatioConfig:
     raise errors.UserError(f"ratio.rungs={rungs} must rise, none twice")
   if config.range:
     return _in_range(config)
-  if config.start not in rungs:
-    raise errors.UserError(
-      f"ratio.start={config.start} is no rung; choose one of {rungs}"
-    )
+  told = f"ratio.start={config.start} is no rung; choose one of {rungs}"
+  errors.check(config.start in rungs, told)
   if low >= high:
     raise errors.UserError(f"ratio.low={low} must be below ratio.high={high}")
   return config
@@ -246,8 +244,6 @@ def _in_range(config: RatioConfig) -> RatioConfig:
     raise errors.UserError(f"{told}: give (low, high), low at most high")
   low, high = config.range
   inside = tuple(ratio for ratio in config.rungs if low <= ratio <= high)
-  if not inside:
-    raise errors.UserError(
-      f"{told} holds none of ratio.rungs={config.rungs}; give rungs in it"
-    )
+  told = f"{told} holds none of ratio.rungs={config.rungs}; give rungs in it"
+  errors.check(inside, told)
   return dataclasses.replace(config, rungs=inside)

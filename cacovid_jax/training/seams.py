@@ -86,10 +86,8 @@ def _make(config, section, usual, code):
   if not spec:
     return extensions.make(usual, section, options)
   found, digest = extensions.load(spec, f"config.{section}.{key}")
-  if not callable(found):
-    raise errors.UserError(
-      f"config.{section}.{key}={spec!r} is no class or function"
-    )
+  told = f"config.{section}.{key}={spec!r} is no class or function"
+  errors.check(callable(found), told)
   if digest:
     code[f"{section}.{key}"] = digest
   # Options of the paper's that it does not have are not set for it.

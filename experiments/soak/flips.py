@@ -76,8 +76,7 @@ def noticed(read: Callable, folder: pathlib.Path, known: Sequence[str]) -> bool:
 def _state(folder) -> list[str]:
   """Verifies a step of a checkpoint, which has no entries."""
   verdict = checkpointing.verify(folder)
-  if not verdict.ok:
-    raise errors.UserError(verdict.reason)
+  errors.check(verdict.ok, verdict.reason)
   return []
 
 

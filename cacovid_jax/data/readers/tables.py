@@ -195,8 +195,7 @@ def split_paths(paths) -> list[str]:
 
 def check_size(path: str) -> None:
   """Refuses a file that is missing, or above `MAX_FILE_BYTES`."""
-  if not os.path.isfile(path):
-    raise errors.UserError(f"{path}: no such file; correct the path")
+  errors.check(os.path.isfile(path), f"{path}: no such file; correct the path")
   if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
     raise errors.UserError(
       f"{path}: {size} bytes are above the limit of {MAX_FILE_BYTES}; split the"

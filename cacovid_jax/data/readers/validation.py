@@ -171,10 +171,8 @@ def places(root, patterns: Sequence[str]) -> Callable[..., str]:
 
 def check_root(root) -> None:
   """Refuses a media root that is no folder; None is none."""
-  if root is not None and not os.path.isdir(root):
-    raise errors.UserError(
-      f"{root}: no such folder; give the media root that holds the clips"
-    )
+  told = f"{root}: no such folder; give the media root that holds the clips"
+  errors.check(root is None or os.path.isdir(root), told)
 
 
 def find_missing(

@@ -32,9 +32,8 @@ def read_videomme(
     **options: see `tables.Reader`; and `released`, whether the rows must be as
       VideoMME's own, four options at most that carry their letters.
   """
-  if style not in ("videomme", "video-r1"):
-    fault = f"prompt style {style!r}: give 'videomme' or 'video-r1'"
-    raise errors.UserError(fault)
+  told = f"prompt style {style!r}: give 'videomme' or 'video-r1'"
+  errors.check(style in ("videomme", "video-r1"), told)
   return _READER(paths, root, style=style, **options)
 
 

@@ -66,9 +66,8 @@ def parse(**given: Any):
       known = ", ".join(sorted({*ARGUMENTS, *_ALIASES, "config"}))
       raise errors.UserError(f"unknown model argument {name!r}; known: {known}")
     key = ARGUMENTS.get(own, name)
-    errors.check(
-      key not in values, f"{name} is another name of {own}; give one of them"
-    )
+    told = f"{name} is another name of {own}; give one of them"
+    errors.check(key not in values, told)
     old = config_lib.value_of(config, key)
     like = old[0] if isinstance(old, tuple) and old else old
     values[key] = _converted(name, value, like)
