@@ -120,43 +120,23 @@ VARIANTS = {
     num_objects=(128, 136), life=(2, 3), num_distractors=(6, 10), texture=22.0
   ),
   "sparse": WorldConfig(
-    num_objects=(5, 7),
-    life=(3, 5),
-    num_distractors=(1, 3),
-    texture=5.0,
+    num_objects=(5, 7), life=(3, 5), num_distractors=(1, 3), texture=5.0,
     repeats=3,
   ),
   "full": WorldConfig(
-    **_AT_FULL_SIZE,
-    num_objects=(370, 390),
-    num_distractors=(20, 30),
-    texture=22.0,
-    num_movers=(8, 12),
-    num_changers=(8, 12),
+    **_AT_FULL_SIZE, num_objects=(370, 390), num_distractors=(20, 30),
+    texture=22.0, num_movers=(8, 12), num_changers=(8, 12),
   ),
   "plain": WorldConfig(
-    **_AT_FULL_SIZE,
-    num_objects=(12, 15),
-    num_distractors=(2, 5),
-    texture=5.0,
-    num_movers=(2, 3),
-    num_changers=(1, 2),
+    **_AT_FULL_SIZE, num_objects=(12, 15), num_distractors=(2, 5),
+    texture=5.0, num_movers=(2, 3), num_changers=(1, 2),
   ),
-}
-VARIANTS |= {
-  f"{name}8": dataclasses.replace(
-    VARIANTS[name],
-    stage=FULL8,
-    life=(2, 4),
-    distractor_life=(2, 4),
-    long_life=(6, 8),
-    **counts,
-  )
-  for name, counts in {
-    "full": {"num_objects": (190, 200), "num_distractors": (10, 15)},
-    "plain": {},
-  }.items()
-}
+}  # fmt: skip
+_FEW = dict(stage=FULL8, life=(2, 4), distractor_life=(2, 4), long_life=(6, 8))
+VARIANTS["plain8"] = dataclasses.replace(VARIANTS["plain"], **_FEW)
+VARIANTS["full8"] = dataclasses.replace(
+  VARIANTS["full"], **_FEW, num_objects=(190, 200), num_distractors=(10, 15)
+)
 
 
 @dataclasses.dataclass(frozen=True)
