@@ -96,36 +96,44 @@ def test_rows_go_to_their_frame_and_back():
   assert there._cache_size() == 1
 
 
-def test_frame_means_are_those_of_the_videos_own_rows():
-  means = jax.jit(lambda grid, x: grid.frame_means(x))
+def by_frame_in_a_bucket(method, by_hand):
+  """Yields (found, T) of a method of each grid, compared with NumPy's.
+
+  Alone and in a bucket, where rows behind the video's own are NaN; `by_hand`
+  takes float32[T, A, 3].
+  """
+  there = jax.jit(lambda grid, x: getattr(grid, method)(x))
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
   rng = np.random.default_rng(0)
   for grid in GRIDS:
     T, area = grid[0], grid[1] * grid[2]
     x = rng.standard_normal((75, 3)).astype(np.float32)
-    expected = np.zeros((5, 3))
-    expected[:T] = x[: T * area].reshape(T, area, 3).mean(axis=1)
+    expected = by_hand(x[: T * area].reshape(T, area, 3))
     x[T * area :] = np.nan
-    found = means(token_grid.TokenGrid.of(grid, BUCKET), x)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    static = token_grid.TokenGrid.of(grid).frame_means(x[: T * area])
-    np.testing.assert_allclose(found[:T], static, rtol=1e-5, atol=1e-6)
+    found = there(token_grid.TokenGrid.of(grid, BUCKET), x)
+    close(found[:T], expected)
+    static = getattr(token_grid.TokenGrid.of(grid), method)(x[: T * area])
+    close(static, expected)
+    close(found[:T], static)
+    yield found, T
+
+
+def test_frame_means_are_those_of_the_videos_own_rows():
+  means = by_frame_in_a_bucket("frame_means", lambda x: x.mean(axis=1))
+  for found, T in means:
+    np.testing.assert_allclose(found[T:], np.zeros((5 - T, 3)), atol=1e-6)
 
 
 def test_frame_changes_against_a_loop():
-  changes = jax.jit(lambda grid, x: grid.frame_changes(x))
-  rng = np.random.default_rng(0)
-  for grid in GRIDS:
-    T, area = grid[0], grid[1] * grid[2]
-    x = rng.standard_normal((75, 3)).astype(np.float32)
-    expected = np.zeros((T, 3))
-    for i in range(area, T * area):
-      expected[i // area] += np.abs(x[i] - x[i - area]) / area
-    x[T * area :] = np.nan
-    found = changes(token_grid.TokenGrid.of(grid, BUCKET), x)
-    np.testing.assert_allclose(found[:T], expected, rtol=1e-5, atol=1e-6)
+  def by_hand(x):
+    expected = np.zeros((len(x), 3))
+    for t in range(1, len(x)):
+      for now, before in zip(x[t], x[t - 1], strict=True):
+        expected[t] += np.abs(now - before) / len(x[t])
+    return expected
+
+  for found, _ in by_frame_in_a_bucket("frame_changes", by_hand):
     assert np.isfinite(found).all()
-    static = token_grid.TokenGrid.of(grid).frame_changes(x[: T * area])
-    np.testing.assert_allclose(static, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_frame_means_of_a_vector_and_under_vmap():
