@@ -117,9 +117,8 @@ def run(experiment):
 def measure(experiment, out):
   """Returns {label: {ratio: `latency.Cost`}}, also written to timings.json.
 
-  With that of all tokens, "vanilla".
-
-  `out` is its results.json, which says what was chosen and what can be run.
+  "vanilla", all tokens, is among them. `out` is its results.json, which says
+  what was chosen and what can be run.
   """
   evals, repeats = experiment.config.evals, experiment.config.table.repeats
   cells = [methods_lib.Condition()]
@@ -140,13 +139,13 @@ def measure(experiment, out):
   # Times of another machine say nothing about this one.
   if path.is_file() and answer_log.header(path) not in (described, {}):
     path.unlink()
-  costs, times = {"vanilla": {}} | {method: {} for method in out["methods"]}, {}
+  costs, times = {}, {}
   with answer_log.AnswerLog(path, described) as rows:
     _measure(experiment, cells, rows)
     for cell in cells:
       key, found = results.ratio_key(cell.ratio), rows[cell.key("prompt")]
       cost = latency.Cost(*(found[name] for name in latency.Cost._fields))
-      costs[cell.label][key] = cost
+      costs.setdefault(cell.label, {})[key] = cost
       times.setdefault(cell.spec, {})[key] = cost._asdict()
   path = experiment.workdir / "timings.json"
   selection = {"milliseconds": times, "repeats": repeats}
@@ -198,8 +197,7 @@ def _measure(experiment, cells, rows):
       return found._replace(before=before)._asdict()
 
     for done, cell in enumerate(cells, start=1):
-      once = functools.partial(cost, cell)
-      reporting.once(rows, cell.key("prompt"), once)
+      reporting.once(rows, cell.key("prompt"), functools.partial(cost, cell))
       progress.update(done)
 
 

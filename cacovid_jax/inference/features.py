@@ -154,8 +154,7 @@ class FeatureStore:
       clip = found
       if self.cache is not None:
         key = self._key(path, None if ruled else clip.record.indices)
-    bucket = self.bucket_of(clip.grid) if self.buckets else None
-    inputs = self.model.tower_inputs(inputs, bucket)
+    inputs = self._tower_inputs(clip, inputs)
     self.seconds["decode"] += time.perf_counter() - start
     return Loaded(path, clip, inputs, key)
 
@@ -191,9 +190,8 @@ class FeatureStore:
   def encoder(self, path: str) -> Callable[[], Any]:
     """Returns what runs the tower on a clip, which is decoded here."""
     clip, inputs, _ = self.reader.read(path)
-    bucket = self.bucket_of(clip.grid) if self.buckets else None
-    inputs = self.model.tower_inputs(inputs, bucket)
-    return lambda: self._tower(frozenset({clips.FEATURES}), [inputs])
+    inputs = [self._tower_inputs(clip, inputs)]
+    return lambda: self._tower(frozenset({clips.FEATURES}), inputs)
 
   def cached_bytes(self, path: str) -> int:
     """Returns the size of a clip's features on disk; 0 if there are none."""
@@ -202,6 +200,11 @@ class FeatureStore:
   def facts(self, path: str) -> dict[str, Any] | None:
     """Returns what the disk says of a clip; None if nothing."""
     return self.cache.facts(self._name(path)) if self.cache else None
+
+  def _tower_inputs(self, clip: clips.EncodedClip, inputs):
+    """Returns what the tower takes, padded where it is compiled for buckets."""
+    bucket = self.bucket_of(clip.grid) if self.buckets else None
+    return self.model.tower_inputs(inputs, bucket)
 
   def _encode(self, todo: list[Loaded]):
     """Yields (loaded clip, {name: float32 array} of what it lacked)."""

@@ -186,9 +186,8 @@ def test_a_run_from_given_weights_has_their_words(whole, one_device, tmp_path):
   given = tmp_path / "given"
   shutil.copytree(whole[0] / "base_model", given)
   words = given / "tokenizer.json"
-  words.write_text(
-    words.read_text() + "\n"
-  )  # To be told from one that is made.
+  # To be told from one that is made.
+  words.write_text(words.read_text() + "\n")
   config = config_lib.load(SPEC, [f"pretrain.init={given}"])
   with one_device() as patch:
     patch.setattr(pretraining, "train", lambda *unused: iter(()))
